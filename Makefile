@@ -1,0 +1,73 @@
+# make demo    train a small CNN on the digits and prune it, from nothing but python3
+# make test    run the test suite
+# make check   lint, format, types, layers: what CI runs before the tests
+# make clean   remove caches, builds and the demo's results; .venv stays
+#
+# PYTHON picks the interpreter (3.11 or newer); PYTEST_ARGS goes to pytest, for example PYTEST_ARGS="-m slow".
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+# Nothing that runs from here reports home.
+export DO_NOT_TRACK := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+# Some wheels are near a gigabyte: wait longer than uv's 30 seconds for a slow connection.
+UV_HTTP_TIMEOUT ?= 300
+export UV_HTTP_TIMEOUT
+
+# $(call install,REQUIREMENT): uv resolves and downloads about five times faster; pip does it where uv is missing or fails
+# (pip, for one, reads the index settings of pip.conf, and uv does not).
+define install
+	@echo "Installing $(1) into $(VENV): about 5 GB the first time"
+	@if [ -x $(BIN)/uv ] && $(BIN)/uv pip install --quiet --python $(BIN)/python --editable "$(1)"; then :; else \
+		echo "Installing with pip instead of uv: this takes some minutes."; \
+		$(BIN)/python -m pip install --quiet --editable "$(1)"; \
+	fi
+endef
+
+.PHONY: demo test check clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.runtime
+	rm -rf $(DEMO)
+	mkdir -p $(DEMO)
+	$(BIN)/entprune train --model digits_cnn --data digits --output $(DEMO)/dense.safetensors
+	$(BIN)/entprune prune --model digits_cnn --checkpoint $(DEMO)/dense.safetensors --data digits \
+		--max-accuracy-drop 1.0 --register entprune-demo --output $(DEMO)/pruned
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage $(DEMO)
+	find entprune tasks flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "entprune needs Python 3.11 or newer, $(PYTHON) is `$(PYTHON) --version 2>&1`; name another: make PYTHON=python3.11" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet uv || echo "uv cannot be installed here: pip will do its work"
+	touch $@
+
+$(VENV)/.runtime: pyproject.toml $(VENV)/.created
+	$(call install,.)
+	touch $@
+
+# The development set contains the runtime, so both stamps are new.
+$(VENV)/.dev: pyproject.toml $(VENV)/.created
+	$(call install,.[dev])
+	touch $(VENV)/.runtime $@

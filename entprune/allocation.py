@@ -1,0 +1,252 @@
+"""Widths of all groups for a budget: least predicted loss at a given size.
+
+The size of a network is bilinear in neighbouring widths (a layer costs inputs times outputs), so each group's saving is
+re-evaluated as its neighbours shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from entprune.errors import ConfigError
+from entprune.groups import ChannelGroups
+
+Objective = Literal["parameters", "macs"]
+_BISECTIONS = 40
+_SWEEPS = 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCost:
+    """Size of one layer as a function of the widths of the groups it touches.
+
+    parameters = taps * inputs * outputs + per_output * outputs, MACs = taps * inputs * outputs * positions, with
+    inputs = fixed_inputs + sum_g input_blocks[g] * width_g and outputs alike.
+    """
+
+    name: str
+    taps: int
+    per_output: int
+    positions: int
+    fixed_inputs: int
+    fixed_outputs: int
+    input_blocks: Mapping[str, int]
+    output_blocks: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    """Parameters and MACs of the network for any widths, without building it."""
+
+    layers: tuple[LayerCost, ...]
+    untouched_parameters: int
+
+    def parameters(self, widths: Mapping[str, int]) -> int:
+        """Parameters at these widths."""
+        return int(self.evaluate(widths, "parameters"))
+
+    def macs(self, widths: Mapping[str, int]) -> int:
+        """Multiply-accumulates of one image in convolutions and linear layers."""
+        return int(self.evaluate(widths, "macs"))
+
+    def evaluate(self, widths: Mapping[str, int], objective: Objective) -> float:
+        """Cost in parameters or MACs."""
+        total = float(self.untouched_parameters) if objective == "parameters" else 0.0
+        return total + sum(_layer_cost(layer, widths, objective) for layer in self.layers)
+
+    def along(self, group: str, widths: Mapping[str, int], num_channels: int, objective: Objective) -> np.ndarray:
+        """(c + 1,) part of the cost that depends on one group, for every width of it, the others fixed."""
+        width = np.arange(num_channels + 1, dtype=np.float64)
+        trial = {**widths, group: width}
+        touched = (x for x in self.layers if group in x.input_blocks or group in x.output_blocks)
+        return np.asarray(sum((_layer_cost(layer, trial, objective) for layer in touched), np.zeros_like(width)))
+
+
+def _layer_cost(layer: LayerCost, widths: Mapping[str, int | np.ndarray], objective: Objective) -> float | np.ndarray:
+    inputs = layer.fixed_inputs + sum(block * widths[name] for name, block in layer.input_blocks.items())
+    outputs = layer.fixed_outputs + sum(block * widths[name] for name, block in layer.output_blocks.items())
+    dense = layer.taps * inputs * outputs
+    return dense + layer.per_output * outputs if objective == "parameters" else dense * layer.positions
+
+
+def build_cost_model(model: nn.Module, groups: ChannelGroups, input_shape: tuple[int, int, int]) -> CostModel:
+    """Derive the cost model from the layers' shapes and one forward pass (for output positions)."""
+    positions = _output_positions(model, input_shape)
+    reads: dict[str, dict[str, int]] = {}
+    writes: dict[str, dict[str, int]] = {}
+    for group in groups.groups:
+        for piece in group.consumers:
+            reads.setdefault(piece.layer, {})[group.name] = piece.index.shape[1]
+        for piece in (*group.producers, *group.followers):
+            writes.setdefault(piece.layer, {})[group.name] = piece.index.shape[1]
+    full = {group.name: group.num_channels for group in groups.groups}
+    layers: list[LayerCost] = []
+    counted = 0
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) or name in writes:
+            counted += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            layers.append(_describe(name, module, positions.get(name, 1), reads.get(name, {}), writes.get(name, {}), full))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return CostModel(layers=tuple(layers), untouched_parameters=total - counted)
+
+
+def _describe(
+    name: str,
+    module: nn.Module,
+    positions: int,
+    reads: Mapping[str, int],
+    writes: Mapping[str, int],
+    full: Mapping[str, int],
+) -> LayerCost:
+    if isinstance(module, nn.Conv2d):
+        taps = module.kernel_size[0] * module.kernel_size[1]
+        inputs, outputs, per_output = module.in_channels // module.groups, module.out_channels, int(module.bias is not None)
+    elif isinstance(module, nn.Linear):
+        taps, inputs, outputs, per_output = 1, module.in_features, module.out_features, int(module.bias is not None)
+    else:  # a channel-wise follower
+        affine = sum(parameter is not None for parameter in (module.weight, module.bias))
+        taps, inputs, outputs, per_output = 0, 0, int(module.num_features), affine
+    return LayerCost(
+        name=name,
+        taps=taps,
+        per_output=per_output,
+        positions=positions,
+        fixed_inputs=inputs - sum(block * full[group] for group, block in reads.items()),
+        fixed_outputs=outputs - sum(block * full[group] for group, block in writes.items()),
+        input_blocks=dict(reads),
+        output_blocks=dict(writes),
+    )
+
+
+def _output_positions(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, int]:
+    """Output positions per image of every convolution and linear layer."""
+    found: dict[str, int] = {}
+
+    def record(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, __: object, output: torch.Tensor) -> None:
+            width = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
+            found[name] = found.get(name, 0) + output.numel() // int(width)
+
+        return module.register_forward_hook(hook)
+
+    handles = [record(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllocationProblem:
+    """What the allocation chooses from.
+
+    Attributes:
+        losses: per group the (c + 1,) predicted loss at each width, non-increasing.
+        minimum: per group the least width.
+        cost: size of the network at any widths.
+        objective: what is made small.
+        round_to: widths are multiples of this where the group is wide enough.
+    """
+
+    losses: Mapping[str, np.ndarray]
+    minimum: Mapping[str, int]
+    cost: CostModel
+    objective: Objective = "parameters"
+    round_to: int = 1
+
+    def full(self) -> dict[str, int]:
+        """Dense widths."""
+        return {name: len(loss) - 1 for name, loss in self.losses.items()}
+
+    def smallest(self) -> dict[str, int]:
+        """Least widths."""
+        return {name: int(self.allowed(name)[0]) for name in self.losses}
+
+    def allowed(self, name: str) -> np.ndarray:
+        """Widths that the group may take, ascending; the dense width is always among them."""
+        dense = len(self.losses[name]) - 1
+        width = np.arange(min(self.minimum[name], dense), dense + 1)
+        return width[(width % self.round_to == 0) | (width == dense)]
+
+    def loss(self, widths: Mapping[str, int]) -> float:
+        """Predicted loss: the sum over groups."""
+        return float(sum(loss[widths[name]] for name, loss in self.losses.items()))
+
+
+def allocate(problem: AllocationProblem, kept_fraction: float) -> dict[str, int]:
+    """Widths of least predicted loss whose cost is at most `kept_fraction` of the dense network's.
+
+    Minimises loss + price * cost by coordinate descent for a price found by bisection, then spends what is left of the budget
+    greedily, which closes the gaps that a price leaves on non-convex curves.
+
+    Raises:
+        ConfigError: the fraction lies outside (0, 1], or even the least widths cost more.
+    """
+    if not 0.0 < kept_fraction <= 1.0:
+        raise ConfigError(f"expected a kept fraction in (0, 1], got {kept_fraction}; ask for a removed fraction below 1.")
+    dense = problem.cost.evaluate(problem.full(), problem.objective)
+    target = kept_fraction * dense
+    least = problem.cost.evaluate(problem.smallest(), problem.objective)
+    if least > target:
+        raise ConfigError(
+            f"at most {1 - least / dense:.1%} of the {problem.objective} can be removed from this network, "
+            f"{1 - kept_fraction:.1%} was asked; lower the budget or the least widths."
+        )
+    low, high = 1e-9, 1e9  # price of the whole dense cost, log scale
+    widths = problem.smallest()
+    for _ in range(_BISECTIONS):
+        price = (low * high) ** 0.5
+        trial = _descend(problem, price / dense)
+        if problem.cost.evaluate(trial, problem.objective) <= target:
+            high, widths = price, trial
+        else:
+            low = price
+    return _spend(problem, widths, target)
+
+
+def _descend(problem: AllocationProblem, price: float) -> dict[str, int]:
+    """Coordinate descent from the dense and from the least widths; the better end point."""
+    ends = [_descend_from(problem, price, start) for start in (problem.full(), problem.smallest())]
+    return min(ends, key=lambda widths: problem.loss(widths) + price * problem.cost.evaluate(widths, problem.objective))
+
+
+def _descend_from(problem: AllocationProblem, price: float, start: dict[str, int]) -> dict[str, int]:
+    widths = dict(start)
+    for _ in range(_SWEEPS):
+        before = dict(widths)
+        for name, loss in problem.losses.items():
+            allowed = problem.allowed(name)
+            cost = problem.cost.along(name, widths, len(loss) - 1, problem.objective)
+            widths[name] = int(allowed[(loss + price * cost)[allowed].argmin()])
+        if widths == before:
+            break
+    return widths
+
+
+def _spend(problem: AllocationProblem, widths: dict[str, int], target: float) -> dict[str, int]:
+    """Widen the group with the largest loss reduction per cost while the budget lasts."""
+    widths = dict(widths)
+    while True:
+        spare = target - problem.cost.evaluate(widths, problem.objective)
+        best: tuple[float, str, int] | None = None
+        for name, loss in problem.losses.items():
+            cost = problem.cost.along(name, widths, len(loss) - 1, problem.objective)
+            allowed = problem.allowed(name)
+            wider = allowed[(allowed > widths[name]) & (cost[allowed] - cost[widths[name]] <= spare)]
+            if not len(wider):
+                continue
+            gain = (loss[widths[name]] - loss[wider]) / np.maximum(cost[wider] - cost[widths[name]], 1.0)
+            if gain.max() > 0 and (best is None or gain.max() > best[0]):
+                best = (float(gain.max()), name, int(wider[gain.argmax()]))
+        if best is None:
+            return widths
+        widths[best[1]] = best[2]

@@ -1,0 +1,306 @@
+"""From a plan to a physically smaller network whose weights are re-estimated in closed form.
+
+Slicing alone changes what every later layer reads. Walking the traced graph once, in topological order, each dense layer is
+refit on what it *actually* reads (inputs that passed through the already pruned and refit part) against what the *dense*
+network answered at the same positions; BatchNorm statistics are re-estimated on the way. No gradient step.
+
+Axes: t sampled rows, d kept features, m kept outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from entprune.calibration import SamplingPlan, Statistics
+from entprune.errors import ModelError
+from entprune.groups import ChannelGroups, trace
+from entprune.moments import draw_positions, feature_count, read_rows
+from entprune.plan import LayerSelection, PruningPlan, select_layers
+
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefitConfig:
+    """How kept weights are re-estimated.
+
+    Attributes:
+        relative_ridge: ridge as a fraction of the mean input variance.
+        reestimate_batchnorm: recompute BatchNorm means and variances on the pruned network.
+    """
+
+    relative_ridge: float = 1e-3
+    reestimate_batchnorm: bool = True
+
+
+def slice_network(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:
+    """Copy of the network with the removed channels physically cut out and the remaining weights unchanged.
+
+    Raises:
+        ModelError: a layer that the plan touches cannot be sliced.
+    """
+    smaller = copy.deepcopy(model)
+    for name, selection in select_layers(model, groups, plan).items():
+        slice_layer(smaller.get_submodule(name), selection, name)
+    return smaller
+
+
+def slice_layer(layer: nn.Module, selection: LayerSelection, name: str) -> None:
+    """Keep only the selected inputs and outputs of one layer, in place."""
+    if isinstance(layer, _BATCH_NORM):
+        _slice_batchnorm(layer, selection)
+        return
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        raise ModelError(f"layer {name!r}: expected a convolution, linear layer or BatchNorm, got {type(layer).__name__}.")
+    weight = layer.weight.detach()
+    if selection.outputs is not None:
+        weight = weight[torch.from_numpy(selection.outputs)]
+        if layer.bias is not None:
+            layer.bias = _parameter(layer.bias.detach()[torch.from_numpy(selection.outputs)], layer.bias)
+    if selection.inputs is not None:
+        weight = weight[:, torch.from_numpy(selection.inputs)]
+    layer.weight = _parameter(weight, layer.weight)
+    if isinstance(layer, nn.Conv2d):
+        layer.out_channels, layer.in_channels = weight.shape[0], weight.shape[1] * layer.groups
+    else:
+        layer.out_features, layer.in_features = weight.shape
+
+
+def _slice_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, selection: LayerSelection) -> None:
+    if selection.outputs is None:
+        return
+    kept = torch.from_numpy(selection.outputs)
+    if layer.affine:
+        layer.weight = _parameter(layer.weight.detach()[kept], layer.weight)
+        layer.bias = _parameter(layer.bias.detach()[kept], layer.bias)
+    if layer.running_mean is not None and layer.running_var is not None:
+        layer.running_mean = layer.running_mean[kept].clone()
+        layer.running_var = layer.running_var[kept].clone()
+    layer.num_features = len(kept)
+
+
+def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(value.clone(), requires_grad=like.requires_grad)
+
+
+def dense_layers(model: nn.Module) -> tuple[str, ...]:
+    """Layers that assembly can refit, in execution order: ungrouped convolutions and linear layers called once."""
+    graph_module = trace(model)
+    calls = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"]
+    return tuple(name for name in calls if calls.count(name) == 1 and _is_dense(model.get_submodule(name)))
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def assemble(
+    model: nn.Module,
+    groups: ChannelGroups,
+    plan: PruningPlan,
+    *,
+    images: np.ndarray,
+    statistics: Statistics,
+    sampling: SamplingPlan,
+    config: RefitConfig,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Build the smaller network and re-estimate its weights.
+
+    Args:
+        model: dense network in eval mode; it is not changed.
+        groups: its channel groups.
+        plan: kept channels.
+        images: (n, C, H, W) all calibration images, in the order in which the statistics were collected.
+        statistics: dense answers per layer from :func:`entprune.calibration.collect_statistics`.
+        sampling: the sampling plan of those statistics.
+        progress: called with (graph nodes done, all nodes).
+
+    Returns:
+        The refit smaller network in eval mode, on the CPU.
+    """
+    selection = select_layers(model, groups, plan)
+    smaller = slice_network(model, groups, plan).eval().to(device)
+    if any(entry.inputs is not None and len(entry.inputs) for entry in selection.values()):
+        walk = _RefitWalk(smaller, model, selection, statistics, sampling, config, device)
+        with torch.inference_mode():
+            walk.run(images, progress)
+    return smaller.cpu()
+
+
+class _RefitWalk:
+    """Executes the traced graph node by node over all calibration batches, refitting layers as they are reached."""
+
+    def __init__(
+        self,
+        smaller: nn.Module,
+        dense: nn.Module,
+        selection: Mapping[str, LayerSelection],
+        statistics: Statistics,
+        sampling: SamplingPlan,
+        config: RefitConfig,
+        device: str,
+    ) -> None:
+        self._graph_module = trace(smaller)
+        self._smaller, self._dense = smaller, dense
+        self._selection, self._statistics = selection, statistics
+        self._sampling, self._config, self._device = sampling, config, device
+        self._changed = False
+
+    def run(self, images: np.ndarray, progress: Callable[[int, int], None] | None) -> None:
+        """Walk the graph; activations of all batches are held until their last use."""
+        size = self._sampling.batch_size
+        batches = [torch.from_numpy(images[i : i + size]).to(self._device) for i in range(0, len(images), size)]
+        nodes = list(self._graph_module.graph.nodes)
+        last_use = {used: node for node in nodes for used in node.all_input_nodes}
+        values: dict[fx.Node, list[Any]] = {}
+        for number, node in enumerate(nodes):
+            if node.op == "output":
+                break
+            values[node] = self._evaluate(node, values, batches)
+            for used in [candidate for candidate in values if last_use.get(candidate) is node]:
+                del values[used]
+            if progress is not None:
+                progress(number + 1, len(nodes))
+
+    def _evaluate(self, node: fx.Node, values: dict[fx.Node, list[Any]], batches: list[Tensor]) -> list[Any]:
+        if node.op == "placeholder":
+            return [batch.clone() for batch in batches]
+        if node.op == "get_attr":
+            return [_attribute(self._graph_module, str(node.target))] * len(batches)
+        if node.op == "call_module":
+            self._visit(str(node.target), [self._argument(node.args[0], values, b) for b in range(len(batches))])
+        return [self._call(node, values, batch) for batch in range(len(batches))]
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, list[Any]], batch: int) -> Any:
+        args = self._argument(node.args, values, batch)
+        kwargs = self._argument(node.kwargs, values, batch)
+        if node.op == "call_module":
+            return self._graph_module.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+
+    @staticmethod
+    def _argument(argument: Any, values: dict[fx.Node, list[Any]], batch: int) -> Any:
+        return fx.node.map_arg(argument, lambda used: values[used][batch])
+
+    def _visit(self, name: str, inputs: list[Any]) -> None:
+        """Re-estimate one module before it is run."""
+        layer = self._smaller.get_submodule(name)
+        entry = self._selection.get(name, LayerSelection())
+        self._changed = self._changed or entry.inputs is not None
+        if not self._changed:
+            return
+        if isinstance(layer, _BATCH_NORM) and self._config.reestimate_batchnorm:
+            _reestimate_batchnorm(layer, inputs)
+        elif isinstance(layer, (nn.Conv2d, nn.Linear)) and name in self._statistics:
+            self._refit(name, layer, entry, inputs)
+
+    def _refit(self, name: str, layer: nn.Conv2d | nn.Linear, entry: LayerSelection, inputs: list[Tensor]) -> None:
+        outputs = self._statistics[name].outputs
+        kept = slice(None) if entry.outputs is None else entry.outputs
+        fit = _RowFit(feature_count(layer), layer.weight.shape[0], self._device)
+        row = 0
+        for batch, value in enumerate(inputs):
+            positions = self._positions(name, layer, value, batch)
+            rows = read_rows(layer, value, positions)
+            answers = torch.from_numpy(outputs[row : row + len(rows)][:, kept]).to(self._device)
+            row += len(rows)
+            fit.update(rows, answers)
+        weight, bias = fit.solve(layer.weight.flatten(1), self._config.relative_ridge, centred=layer.bias is not None or True)
+        layer.weight.copy_(weight.reshape(layer.weight.shape))
+        if layer.bias is not None:
+            layer.bias.copy_(bias)
+
+    def _positions(self, name: str, layer: nn.Module, value: Tensor, batch: int) -> Tensor | None:
+        """The positions at which the dense answers were taken: same seed, layer, batch and output size."""
+        if not isinstance(layer, nn.Conv2d):
+            return None
+        shape = _output_size(layer, value)
+        return draw_positions(
+            layer,
+            torch.empty(value.shape[0], 1, *shape, device="meta"),
+            per_image=self._sampling.per_image(self._dense.get_submodule(name)),
+            seed=self._sampling.seed,
+            name=name,
+            batch=batch,
+        )
+
+
+def _attribute(root: nn.Module, target: str) -> Any:
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _output_size(layer: nn.Conv2d, value: Tensor) -> tuple[int, int]:
+    meta = copy.copy(layer)
+    shape = nn.functional.conv2d(
+        torch.empty(1, 1, *value.shape[2:], device="meta"),
+        torch.empty(1, 1, *layer.kernel_size, device="meta"),
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+    ).shape
+    del meta
+    return int(shape[2]), int(shape[3])
+
+
+class _RowFit:
+    """Accumulates the centred normal equations of y on x in float64."""
+
+    def __init__(self, num_features: int, num_outputs: int, device: str) -> None:
+        self._count = 0
+        self._sum_x = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self._sum_y = torch.zeros(num_outputs, dtype=torch.float64, device=device)
+        self._xx = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self._yx = torch.zeros(num_outputs, num_features, dtype=torch.float64, device=device)
+
+    def update(self, rows: Tensor, answers: Tensor) -> None:
+        """Add rows (t, d) with answers (t, m)."""
+        self._count += rows.shape[0]
+        self._sum_x += rows.sum(0, dtype=torch.float64)
+        self._sum_y += answers.sum(0, dtype=torch.float64)
+        self._xx += (rows.T @ rows).double()
+        self._yx += (answers.T @ rows).double()
+
+    def solve(self, prior: Tensor, relative_ridge: float, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """Ridge regression that shrinks towards `prior` (m, d): directions without data keep the given weights.
+
+        Returns:
+            (m, d) weight and (m,) bias in float32.
+        """
+        mean_x, mean_y = self._sum_x / self._count, self._sum_y / self._count
+        xx = self._xx / self._count - torch.outer(mean_x, mean_x)
+        yx = self._yx / self._count - torch.outer(mean_y, mean_x)
+        ridge = relative_ridge * xx.diagonal().mean().clamp_min(1e-12)
+        residual = yx - prior.double() @ xx
+        xx.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(xx)
+        weight = prior.double() + torch.cholesky_solve(residual.T, factor).T
+        return weight.float(), (mean_y - weight @ mean_x).float()
+
+
+def _reestimate_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: list[Tensor]) -> None:
+    """Mean and variance per channel over all calibration images."""
+    if layer.running_mean is None or layer.running_var is None:
+        return
+    count, total, square = 0, torch.zeros_like(layer.running_mean, dtype=torch.float64), 0.0
+    for value in inputs:
+        flat = value.transpose(0, 1).flatten(1).double()  # (channels, rows)
+        count += flat.shape[1]
+        total += flat.sum(1)
+        square = square + flat.square().sum(1)
+    mean = total / count
+    layer.running_mean.copy_(mean)
+    layer.running_var.copy_((square / count - mean.square()).clamp_min(0))

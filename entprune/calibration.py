@@ -1,0 +1,156 @@
+"""One pass of the dense network over calibration images: moments of what each consumer reads, and what it answers.
+
+Axes: n images, t sampled rows, d features, m outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from entprune.errors import DataError
+from entprune.moments import MomentAccumulator, Moments, draw_positions, feature_count, merge, read_outputs, read_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingPlan:
+    """How many rows each layer contributes.
+
+    Attributes:
+        num_images: calibration images in all shards together.
+        batch_size: images per forward pass; shards start at multiples of it, so that results do not depend on sharding.
+        min_rows: least rows wanted per layer over all images.
+        rows_per_feature: rows wanted per input feature.
+        seed: of the random positions.
+    """
+
+    num_images: int
+    batch_size: int = 64
+    min_rows: int = 10_000
+    rows_per_feature: float = 2.0
+    seed: int = 0
+
+    def per_image(self, layer: nn.Module) -> int:
+        """Random output positions per image for one layer."""
+        wanted = max(self.min_rows, self.rows_per_feature * feature_count(layer))
+        return max(1, math.ceil(wanted / self.num_images))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LayerStatistics:
+    """What the calibration data say about one layer.
+
+    Attributes:
+        moments: of its sampled input rows, None where only the answers are needed.
+        outputs: (t, m) float32 dense answers at the same rows, in image order.
+    """
+
+    moments: Moments | None
+    outputs: np.ndarray
+
+
+Statistics = Mapping[str, LayerStatistics]
+
+
+def collect_statistics(
+    model: nn.Module,
+    images: np.ndarray,
+    *,
+    consumers: Sequence[str],
+    others: Sequence[str] = (),
+    sampling: SamplingPlan,
+    first_image: int = 0,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, LayerStatistics]:
+    """Run one shard of the calibration images through the dense network.
+
+    Args:
+        model: dense network in eval mode, on `device`.
+        images: (n, C, H, W) float32, normalised; one shard.
+        consumers: layers whose moments are wanted.
+        others: layers of which only the answers are wanted.
+        sampling: rows per layer.
+        first_image: number of the shard's first image, a multiple of the batch size.
+        progress: called with (images done, images in the shard).
+
+    Raises:
+        DataError: the shard does not start at a batch boundary, or the network answers NaN.
+    """
+    if first_image % sampling.batch_size:
+        raise DataError(f"expected a shard that starts at a multiple of {sampling.batch_size}, got {first_image}.")
+    collector = _Collector(model, consumers, others, sampling, device)
+    with torch.inference_mode(), collector:
+        for start in range(0, len(images), sampling.batch_size):
+            collector.batch = (first_image + start) // sampling.batch_size
+            output = model(torch.from_numpy(images[start : start + sampling.batch_size]).to(device))
+            if not bool(torch.isfinite(output).all()):
+                raise DataError("expected finite network outputs on the calibration images, got NaN or infinity; check data and weights.")
+            if progress is not None:
+                progress(min(start + sampling.batch_size, len(images)), len(images))
+    return collector.result()
+
+
+def merge_statistics(shards: Sequence[Statistics]) -> dict[str, LayerStatistics]:
+    """Union of shards, summed in the order given: the same order gives the same bits."""
+    merged: dict[str, LayerStatistics] = {}
+    for layer in shards[0]:
+        moments = shards[0][layer].moments
+        for shard in shards[1:]:
+            other = shard[layer].moments
+            moments = merge(moments, other) if moments is not None and other is not None else None
+        outputs = np.concatenate([shard[layer].outputs for shard in shards])
+        merged[layer] = LayerStatistics(moments=moments, outputs=outputs)
+    return merged
+
+
+class _Collector:
+    """Hooks that sample rows of every wanted layer while the network runs."""
+
+    def __init__(
+        self, model: nn.Module, consumers: Sequence[str], others: Sequence[str], sampling: SamplingPlan, device: str
+    ) -> None:
+        self.batch = 0
+        self._sampling = sampling
+        self._layers = {name: model.get_submodule(name) for name in (*consumers, *others)}
+        self._accumulators = {
+            name: MomentAccumulator(feature_count(self._layers[name]), device=device) for name in consumers
+        }
+        self._outputs: dict[str, list[Tensor]] = {name: [] for name in self._layers}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> _Collector:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        per_image = self._sampling.per_image(self._layers[name])
+
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            positions = draw_positions(
+                layer, output, per_image=per_image, seed=self._sampling.seed, name=name, batch=self.batch
+            )
+            self._outputs[name].append(read_outputs(layer, output, positions).cpu().clone())
+            if name in self._accumulators:
+                self._accumulators[name].update(read_rows(layer, inputs[0], positions))
+
+        return hook
+
+    def result(self) -> dict[str, LayerStatistics]:
+        return {
+            name: LayerStatistics(
+                moments=self._accumulators[name].result() if name in self._accumulators else None,
+                outputs=torch.cat(self._outputs[name]).float().numpy(),
+            )
+            for name in self._layers
+        }

@@ -1,0 +1,241 @@
+"""What a network is worth and what it costs: top-1 accuracy, parameters, multiply-accumulates, latency.
+
+Nothing here changes the network: it is put into evaluation mode and back, or copied when it lies on another device.
+
+Axes: n samples, c channels, h and w pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from entprune.errors import ConfigError, DataError, ModelError
+
+Indices = npt.NDArray[np.integer[Any]]
+Progress = Callable[[int, int, str], None]  # steps done, steps in total, what is being done
+
+_NUM_WARM_UP_PASSES = 3
+
+
+class ImageSplit(Protocol):
+    """Images with labels, readable in any order."""
+
+    def __len__(self) -> int:
+        """Return the number of images n."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Return the class of each image, (n,)."""
+
+    def batch(self, indices: Indices) -> Tensor:
+        """Return the images at ``indices``, normalised, float32 (len(indices), c, h, w) on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What one network is worth and what it costs.
+
+    Attributes:
+        accuracy: top-1, percent.
+        parameters: number of trainable and fixed parameters; buffers are not counted.
+        macs: multiply-accumulates for one image.
+        latency_ms: batch size, as text, to the median milliseconds of one forward pass.
+    """
+
+    accuracy: float
+    parameters: int
+    macs: int
+    latency_ms: dict[str, float]
+
+
+def measure(
+    model: nn.Module,
+    split: ImageSplit,
+    input_shape: tuple[int, int, int],
+    *,
+    indices: Indices | None = None,
+    batch_size: int = 256,
+    device: str = "cpu",
+    latency_batch_sizes: Sequence[int] = (1, 64),
+    repeats: int = 10,
+) -> Measurement:
+    """Measure accuracy, size and speed of a network; arguments as for the functions below."""
+    return Measurement(
+        accuracy=accuracy(model, split, indices=indices, batch_size=batch_size, device=device),
+        parameters=count_parameters(model),
+        macs=count_macs(model, input_shape),
+        latency_ms=measure_latency(model, input_shape, latency_batch_sizes, repeats=repeats, device=device),
+    )
+
+
+def accuracy(
+    model: nn.Module,
+    split: ImageSplit,
+    *,
+    indices: Indices | None = None,
+    batch_size: int = 256,
+    device: str = "cpu",
+) -> float:
+    """Return the top-1 accuracy in percent; arguments and errors as for :func:`predict_correct`."""
+    return 100.0 * float(predict_correct(model, split, indices, batch_size, device).mean())
+
+
+def predict_correct(
+    model: nn.Module,
+    split: ImageSplit,
+    indices: Indices | None = None,
+    batch_size: int = 256,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> npt.NDArray[np.bool_]:
+    """Tell for each image whether the largest logit is that of its class.
+
+    Args:
+        model: maps (n, c, h, w) to logits (n, number of classes).
+        split: where the images come from.
+        indices: which images, all by default.
+        batch_size: images in one forward pass.
+        device: where to run, such as ``"cpu"`` or ``"cuda"``.
+        progress: called after each batch.
+
+    Returns:
+        (number of images,), in the order of ``indices``. An image whose logits are not finite counts as wrong.
+
+    Raises:
+        ConfigError: the batch size or the device is unusable.
+        DataError: there is no image.
+        ModelError: the network's output is not (n, number of classes).
+    """
+    selected = np.arange(len(split)) if indices is None else np.asarray(indices)
+    if len(selected) == 0:
+        raise DataError("evaluation: expected at least one image, got none; give more data or leave indices out.")
+    if batch_size < 1:
+        raise ConfigError(f"evaluation: expected batch_size >= 1, got {batch_size}.")
+    correct = np.empty(len(selected), dtype=np.bool_)
+    target = resolve_device(device)
+    with _evaluated(model, target) as network:
+        for start in range(0, len(selected), batch_size):
+            chosen = selected[start : start + batch_size]
+            labels = torch.from_numpy(split.labels[chosen]).to(target)
+            logits = _check_logits(network(split.batch(chosen).to(target)), len(chosen))
+            is_correct = (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
+            correct[start : start + len(chosen)] = is_correct.cpu().numpy()
+            if progress is not None:
+                progress(start + len(chosen), len(selected), "evaluating images")
+    return correct
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters; a shared one counts once, buffers do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Return the multiply-accumulates of convolutions and matrix products for one image of shape (c, h, w)."""
+    with _evaluated(model, torch.device("cpu")) as network, FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *input_shape))
+    return int(counter.get_total_flops()) // 2  # one multiplication and one addition each
+
+
+def measure_latency(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    batch_sizes: Sequence[int] = (1, 64),
+    *,
+    repeats: int = 10,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Time forward passes after a warm-up.
+
+    Args:
+        model: the network.
+        input_shape: (c, h, w) of one image.
+        batch_sizes: how many images at once.
+        repeats: number of timed passes for each batch size.
+        device: where to run.
+
+    Returns:
+        Batch size, as text, to the median milliseconds of one pass.
+
+    Raises:
+        ConfigError: ``repeats`` or a batch size is below 1, or the device is unusable.
+    """
+    if repeats < 1 or min(batch_sizes, default=1) < 1:
+        raise ConfigError(f"latency: expected repeats and batch sizes >= 1, got {repeats} and {tuple(batch_sizes)}.")
+    target = resolve_device(device)
+    generator = torch.Generator().manual_seed(0)
+    latency_ms = {}
+    with _evaluated(model, target) as network:
+        for batch_size in batch_sizes:
+            images = torch.randn(batch_size, *input_shape, generator=generator).to(target)
+            for _ in range(_NUM_WARM_UP_PASSES):
+                network(images)
+            seconds = [_time_pass(network, images) for _ in range(repeats)]
+            latency_ms[str(batch_size)] = 1000.0 * statistics.median(seconds)
+    return latency_ms
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of that name, CUDA ones with their number.
+
+    Raises:
+        ConfigError: the name is unknown, or the machine has no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as cause:
+        raise ConfigError(f"device '{name}': expected a name such as cpu or cuda.") from cause
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device '{name}': this machine has no such GPU; use cpu.")
+        return torch.empty(0, device=device).device  # with its number, which plain "cuda" lacks
+    return device
+
+
+def locate_model(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer; the CPU for a network that has none."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def _evaluated(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """Lend the network in evaluation mode on a device, without gradients; each module's mode is restored."""
+    network = model if locate_model(model) == device else copy.deepcopy(model).to(device)
+    training_modules = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield network
+    finally:
+        for module in training_modules:
+            module.training = True
+
+
+def _check_logits(output: Any, num_images: int) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != num_images:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(f"expected logits of shape ({num_images}, classes) from the network, got {found}.")
+    return output
+
+
+def _time_pass(network: nn.Module, images: Tensor) -> float:
+    """Return the seconds of one forward pass, its work on a GPU included."""
+    start = time.perf_counter()
+    network(images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter() - start

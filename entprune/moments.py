@@ -1,0 +1,156 @@
+"""Streaming mean and centred second moment of what a layer reads: all that the regression needs of the data.
+
+Axes: n rows (samples times positions), d features, m outputs, c input channels, h and w spatial.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from entprune.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Moments:
+    """Sufficient statistics of n rows with d features.
+
+    Attributes:
+        count: n.
+        mean: (d,) float64.
+        scatter: (d, d) sum over rows of (x - mean)(x - mean)^T.
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    def covariance(self) -> np.ndarray:
+        """(d, d) scatter divided by the number of rows."""
+        return self.scatter / max(self.count, 1)
+
+
+def merge(first: Moments, second: Moments) -> Moments:
+    """Moments of the union of two disjoint sets of rows (Chan, Golub and LeVeque's pairwise update)."""
+    if first.mean.shape != second.mean.shape:
+        raise DataError(
+            f"expected moments of equal size, got {first.mean.size} and {second.mean.size} features; merge shards of one layer."
+        )
+    count = first.count + second.count
+    if count == 0:
+        return first
+    shift = second.mean - first.mean
+    mean = first.mean + shift * (second.count / count)
+    scatter = first.scatter + second.scatter
+    scatter += np.outer(shift, shift) * (first.count * second.count / count)
+    return Moments(count=count, mean=mean, scatter=scatter)
+
+
+class MomentAccumulator:
+    """Adds batches of rows; products run in float32, sums in float64, so memory does not grow with the number of rows."""
+
+    def __init__(self, num_features: int, *, device: str = "cpu") -> None:
+        self._count = 0
+        self._mean = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows (n, d), any floating dtype, on the accumulator's device."""
+        count = rows.shape[0]
+        if count == 0:
+            return
+        batch_mean = rows.double().mean(0)
+        centred = (rows.float() - batch_mean.float()) if rows.dtype != torch.float64 else rows - batch_mean
+        # Rounding the mean to float32 leaves a residual shift; subtracting its outer product removes it exactly.
+        residual = centred.double().mean(0)
+        self._scatter += (centred.T @ centred).double()
+        self._scatter -= count * torch.outer(residual, residual)
+        shift = batch_mean - self._mean
+        total = self._count + count
+        self._scatter += torch.outer(shift, shift) * (self._count * count / total)
+        self._mean += shift * (count / total)
+        self._count = total
+
+    def result(self) -> Moments:
+        """Moments of all rows so far, on the CPU."""
+        return Moments(count=self._count, mean=self._mean.cpu().numpy(), scatter=self._scatter.cpu().numpy())
+
+
+def feature_count(layer: nn.Module) -> int:
+    """d: features that one output of the layer reads."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features
+
+
+def draw_positions(layer: nn.Module, output: Tensor, *, per_image: int, seed: int, name: str, batch: int) -> Tensor | None:
+    """Random output positions of one batch, the same for the same seed, layer and batch on every machine.
+
+    Args:
+        output: (n, m, h, w) output of a convolution; for a linear layer every row is taken.
+        per_image: positions wanted per image.
+
+    Returns:
+        (n, p) flat positions into h * w, or None where all rows are used.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    num_images, height, width = output.shape[0], output.shape[2], output.shape[3]
+    total = height * width
+    if per_image >= total:
+        return None
+    sequence = np.random.SeedSequence([seed, zlib.crc32(name.encode()), batch])
+    order = np.random.default_rng(sequence).random((num_images, total)).argpartition(per_image, axis=1)
+    return torch.from_numpy(np.ascontiguousarray(np.sort(order[:, :per_image], axis=1)))
+
+
+def read_rows(layer: nn.Module, inputs: Tensor, positions: Tensor | None) -> Tensor:
+    """Unfold a layer's input at some output positions.
+
+    Args:
+        inputs: (n, c, h, w) for a convolution, (..., d) for a linear layer.
+        positions: (n, p) flat output positions, or None for all.
+
+    Returns:
+        (n * p, c * kh * kw) rows in the order of `layer.weight.flatten(1)`, or (rows, d) for a linear layer.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return inputs.flatten(0, -2)
+    padded = _pad(layer, inputs)
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    windows = padded.unfold(2, dh * (kh - 1) + 1, sh).unfold(3, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
+    # windows: (n, c, ho, wo, kh, kw), a view without copies
+    if positions is None:
+        return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    width = windows.shape[3]
+    positions = positions.to(inputs.device)
+    image = torch.arange(inputs.shape[0], device=inputs.device)[:, None]
+    picked = windows[image, :, positions // width, positions % width]  # (n, p, c, kh, kw)
+    return picked.flatten(2).flatten(0, 1)
+
+
+def read_outputs(layer: nn.Module, output: Tensor, positions: Tensor | None) -> Tensor:
+    """Rows (n * p, m) of a layer's output at the positions that :func:`read_rows` uses."""
+    if not isinstance(layer, nn.Conv2d):
+        return output.flatten(0, -2)
+    flat = output.flatten(2).transpose(1, 2)  # (n, h * w, m)
+    if positions is None:
+        return flat.flatten(0, 1)
+    index = positions.to(output.device)[:, :, None].expand(-1, -1, flat.shape[2])
+    return flat.gather(1, index).flatten(0, 1)
+
+
+def _pad(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    if isinstance(layer.padding, str):
+        return F.pad(inputs, layer._reversed_padding_repeated_twice) if layer.padding == "same" else inputs
+    ph, pw = layer.padding
+    if ph == 0 and pw == 0:
+        return inputs
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(inputs, (pw, pw, ph, ph), mode=mode)

@@ -1,0 +1,162 @@
+"""The pruning plan: which channels of each group stay, and what that means for every layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from entprune.errors import ConfigError
+from entprune.groups import ChannelGroup, ChannelGroups, LayerSlice
+
+_PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupPlan:
+    """Kept channels of one group, sorted."""
+
+    name: str
+    num_channels: int
+    kept_channels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        kept = self.kept_channels
+        if not kept:
+            raise ConfigError(f"group {self.name!r}: expected at least one kept channel, got none; rebuild the plan.")
+        if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= self.num_channels:
+            raise ConfigError(
+                f"group {self.name!r}: kept_channels must be sorted, unique and lie in [0, {self.num_channels}), got "
+                f"{kept[0]}..{kept[-1]}; rebuild the plan."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruningPlan:
+    """Kept channels of every group of a network, in execution order."""
+
+    groups: tuple[GroupPlan, ...]
+
+    def widths(self) -> dict[str, int]:
+        """Kept channels per group."""
+        return {group.name: len(group.kept_channels) for group in self.groups}
+
+    def kept(self, name: str) -> np.ndarray:
+        """(k,) sorted channel numbers of one group."""
+        for group in self.groups:
+            if group.name == name:
+                return np.array(group.kept_channels, dtype=np.int64)
+        raise ConfigError(f"the plan has no group {name!r}; it was made for another network.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "plan_version": _PLAN_VERSION,
+            "groups": [
+                {"name": g.name, "num_channels": g.num_channels, "kept_channels": list(g.kept_channels)}
+                for g in self.groups
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PruningPlan:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: an unknown version or a malformed entry.
+        """
+        if content.get("plan_version") != _PLAN_VERSION:
+            raise ConfigError(f"expected plan_version {_PLAN_VERSION}, got {content.get('plan_version')!r}; rebuild the plan.")
+        return cls(
+            groups=tuple(
+                GroupPlan(
+                    name=str(entry["name"]),
+                    num_channels=int(entry["num_channels"]),
+                    kept_channels=tuple(int(channel) for channel in entry["kept_channels"]),
+                )
+                for entry in content["groups"]
+            )
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form: two runs agree exactly if their digests do."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class LayerSelection:
+    """Positions of one layer that stay along its input and output axes; None means all."""
+
+    inputs: np.ndarray | None = None
+    outputs: np.ndarray | None = None
+
+
+@dataclass(slots=True)
+class _Removed:
+    inputs: list[np.ndarray] = field(default_factory=list)
+    outputs: list[np.ndarray] = field(default_factory=list)
+
+
+def full_plan(groups: ChannelGroups) -> PruningPlan:
+    """The plan that keeps everything."""
+    return PruningPlan(
+        groups=tuple(
+            GroupPlan(name=g.name, num_channels=g.num_channels, kept_channels=tuple(range(g.num_channels)))
+            for g in groups.groups
+        )
+    )
+
+
+def select_layers(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> dict[str, LayerSelection]:
+    """Translate kept channels into kept positions of every layer that a group touches.
+
+    A layer may read several groups (at offsets, after a concatenation): what no group removes stays.
+    """
+    removed: dict[str, _Removed] = {}
+    for group in groups.groups:
+        gone = np.setdiff1d(np.arange(group.num_channels), plan.kept(group.name))
+        for piece in group.consumers:
+            removed.setdefault(piece.layer, _Removed()).inputs.append(piece.index[gone].ravel())
+        for piece in (*group.producers, *group.followers):
+            removed.setdefault(piece.layer, _Removed()).outputs.append(piece.index[gone].ravel())
+    return {
+        layer: LayerSelection(
+            inputs=_remaining(input_width(model.get_submodule(layer)), entry.inputs),
+            outputs=_remaining(output_width(model.get_submodule(layer)), entry.outputs),
+        )
+        for layer, entry in removed.items()
+    }
+
+
+def _remaining(width: int, removed: list[np.ndarray]) -> np.ndarray | None:
+    if not removed:
+        return None
+    return np.setdiff1d(np.arange(width), np.concatenate(removed))
+
+
+def input_width(layer: nn.Module) -> int:
+    """Length of a layer's input axis: channels of a convolution or BatchNorm, features of a linear layer."""
+    return int(getattr(layer, "in_channels", None) or getattr(layer, "in_features", None) or layer.num_features)
+
+
+def output_width(layer: nn.Module) -> int:
+    """Length of a layer's output axis."""
+    return int(getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) or layer.num_features)
+
+
+def consumer_features(layer: nn.Module, piece: LayerSlice) -> np.ndarray:
+    """(c, b) features of each channel in the unfolded input of a consumer: kh * kw per channel of a convolution."""
+    if not isinstance(layer, nn.Conv2d):
+        return piece.index
+    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    return np.asarray((piece.index[:, :, None] * taps + np.arange(taps)).reshape(len(piece.index), -1))
+
+
+def group_consumers(group: ChannelGroup) -> tuple[str, ...]:
+    """Names of the layers that read the group."""
+    return tuple(piece.layer for piece in group.consumers)
