@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 
 from entprune.calibration import SamplingPlan, Statistics
 from entprune.errors import ModelError
+from entprune.evaluation import ImageSplit
 from entprune.groups import ChannelGroups, trace
-from entprune.moments import draw_positions, feature_count, read_rows
+from entprune.moments import ProductSum, draw_positions, feature_count, read_rows
 from entprune.plan import LayerSelection, PruningPlan, select_layers
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -38,6 +39,22 @@ class RefitConfig:
 
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RefitData:
+    """Calibration images with the dense network's answers.
+
+    Attributes:
+        split, indices: the images, in the order in which the statistics were collected.
+        statistics: answers per layer from :func:`entprune.calibration.collect_statistics`; moments are not needed.
+        sampling: the sampling plan of those statistics.
+    """
+
+    split: ImageSplit
+    indices: np.ndarray
+    statistics: Statistics
+    sampling: SamplingPlan
 
 
 def slice_network(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:
@@ -106,9 +123,7 @@ def assemble(
     groups: ChannelGroups,
     plan: PruningPlan,
     *,
-    images: np.ndarray,
-    statistics: Statistics,
-    sampling: SamplingPlan,
+    data: RefitData,
     config: RefitConfig,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -119,9 +134,7 @@ def assemble(
         model: dense network in eval mode; it is not changed.
         groups: its channel groups.
         plan: kept channels.
-        images: (n, C, H, W) all calibration images, in the order in which the statistics were collected.
-        statistics: dense answers per layer from :func:`entprune.calibration.collect_statistics`.
-        sampling: the sampling plan of those statistics.
+        data: calibration images and the dense network's answers.
         progress: called with (graph nodes done, all nodes).
 
     Returns:
@@ -130,9 +143,9 @@ def assemble(
     selection = select_layers(model, groups, plan)
     smaller = slice_network(model, groups, plan).eval().to(device)
     if any(entry.inputs is not None and len(entry.inputs) for entry in selection.values()):
-        walk = _RefitWalk(smaller, model, selection, statistics, sampling, config, device)
+        walk = _RefitWalk(smaller, model, selection, data, config, device)
         with torch.inference_mode():
-            walk.run(images, progress)
+            walk.run(progress)
     return smaller.cpu()
 
 
@@ -144,21 +157,20 @@ class _RefitWalk:
         smaller: nn.Module,
         dense: nn.Module,
         selection: Mapping[str, LayerSelection],
-        statistics: Statistics,
-        sampling: SamplingPlan,
+        data: RefitData,
         config: RefitConfig,
         device: str,
     ) -> None:
         self._graph_module = trace(smaller)
         self._smaller, self._dense = smaller, dense
-        self._selection, self._statistics = selection, statistics
-        self._sampling, self._config, self._device = sampling, config, device
+        self._selection, self._statistics, self._sampling = selection, data.statistics, data.sampling
+        self._data, self._config, self._device = data, config, device
         self._changed = False
 
-    def run(self, images: np.ndarray, progress: Callable[[int, int], None] | None) -> None:
+    def run(self, progress: Callable[[int, int], None] | None) -> None:
         """Walk the graph; activations of all batches are held until their last use."""
-        size = self._sampling.batch_size
-        batches = [torch.from_numpy(images[i : i + size]).to(self._device) for i in range(0, len(images), size)]
+        size, indices = self._sampling.batch_size, self._data.indices
+        batches = [self._data.split.batch(indices[i : i + size]).to(self._device) for i in range(0, len(indices), size)]
         nodes = list(self._graph_module.graph.nodes)
         last_use = {used: node for node in nodes for used in node.all_input_nodes}
         values: dict[fx.Node, list[Any]] = {}
@@ -208,7 +220,8 @@ class _RefitWalk:
     def _refit(self, name: str, layer: nn.Conv2d | nn.Linear, entry: LayerSelection, inputs: list[Tensor]) -> None:
         outputs = self._statistics[name].outputs
         kept = slice(None) if entry.outputs is None else entry.outputs
-        fit = _RowFit(feature_count(layer), layer.weight.shape[0], self._device)
+        intercept = layer.bias is not None or self._feeds_batchnorm(name)
+        fit = _RowFit(feature_count(layer), layer.weight.shape[0], intercept, self._device)
         row = 0
         for batch, value in enumerate(inputs):
             positions = self._positions(name, layer, value, batch)
@@ -216,10 +229,18 @@ class _RefitWalk:
             answers = torch.from_numpy(outputs[row : row + len(rows)][:, kept]).to(self._device)
             row += len(rows)
             fit.update(rows, answers)
-        weight, bias = fit.solve(layer.weight.flatten(1), self._config.relative_ridge, centred=layer.bias is not None or True)
+        weight, bias = fit.solve(layer.weight.flatten(1), self._config.relative_ridge)
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(bias)
+
+    def _feeds_batchnorm(self, name: str) -> bool:
+        """Whether a shift of the layer's output is absorbed by a BatchNorm whose mean is re-estimated."""
+        users = next(iter(node for node in self._graph_module.graph.nodes if node.target == name)).users
+        return self._config.reestimate_batchnorm and all(
+            user.op == "call_module" and isinstance(self._smaller.get_submodule(str(user.target)), _BATCH_NORM)
+            for user in users
+        )
 
     def _positions(self, name: str, layer: nn.Module, value: Tensor, batch: int) -> Tensor | None:
         """The positions at which the dense answers were taken: same seed, layer, batch and output size."""
@@ -244,7 +265,6 @@ def _attribute(root: nn.Module, target: str) -> Any:
 
 
 def _output_size(layer: nn.Conv2d, value: Tensor) -> tuple[int, int]:
-    meta = copy.copy(layer)
     shape = nn.functional.conv2d(
         torch.empty(1, 1, *value.shape[2:], device="meta"),
         torch.empty(1, 1, *layer.kernel_size, device="meta"),
@@ -252,43 +272,50 @@ def _output_size(layer: nn.Conv2d, value: Tensor) -> tuple[int, int]:
         padding=layer.padding,
         dilation=layer.dilation,
     ).shape
-    del meta
     return int(shape[2]), int(shape[3])
 
 
 class _RowFit:
-    """Accumulates the centred normal equations of y on x in float64."""
+    """Accumulates the normal equations of y on x: centred (shifted by the first batch's means) with an intercept, raw without."""
 
-    def __init__(self, num_features: int, num_outputs: int, device: str) -> None:
+    def __init__(self, num_features: int, num_outputs: int, intercept: bool, device: str) -> None:
         self._count = 0
+        self._intercept = intercept
+        self._shift = (torch.zeros(num_features, device=device), torch.zeros(num_outputs, device=device))
         self._sum_x = torch.zeros(num_features, dtype=torch.float64, device=device)
         self._sum_y = torch.zeros(num_outputs, dtype=torch.float64, device=device)
-        self._xx = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
-        self._yx = torch.zeros(num_outputs, num_features, dtype=torch.float64, device=device)
+        self._xx = ProductSum(num_features, num_features, device=device)
+        self._yx = ProductSum(num_outputs, num_features, device=device)
 
     def update(self, rows: Tensor, answers: Tensor) -> None:
         """Add rows (t, d) with answers (t, m)."""
+        if self._intercept and self._count == 0:
+            self._shift = (rows.mean(0), answers.mean(0))
+        x, y = rows - self._shift[0], answers - self._shift[1]
         self._count += rows.shape[0]
-        self._sum_x += rows.sum(0, dtype=torch.float64)
-        self._sum_y += answers.sum(0, dtype=torch.float64)
-        self._xx += (rows.T @ rows).double()
-        self._yx += (answers.T @ rows).double()
+        self._sum_x += x.sum(0, dtype=torch.float64)
+        self._sum_y += y.sum(0, dtype=torch.float64)
+        self._xx.update(x, x)
+        self._yx.update(y, x)
 
-    def solve(self, prior: Tensor, relative_ridge: float, *, centred: bool) -> tuple[Tensor, Tensor]:
+    def solve(self, prior: Tensor, relative_ridge: float) -> tuple[Tensor, Tensor]:
         """Ridge regression that shrinks towards `prior` (m, d): directions without data keep the given weights.
 
         Returns:
             (m, d) weight and (m,) bias in float32.
         """
         mean_x, mean_y = self._sum_x / self._count, self._sum_y / self._count
-        xx = self._xx / self._count - torch.outer(mean_x, mean_x)
-        yx = self._yx / self._count - torch.outer(mean_y, mean_x)
-        ridge = relative_ridge * xx.diagonal().mean().clamp_min(1e-12)
+        if not self._intercept:
+            mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
+        xx = self._xx.total() / self._count - torch.outer(mean_x, mean_x)
+        yx = self._yx.total() / self._count - torch.outer(mean_y, mean_x)
         residual = yx - prior.double() @ xx
+        ridge = relative_ridge * xx.diagonal().mean().clamp_min(1e-12)
         xx.diagonal().add_(ridge)
         factor = torch.linalg.cholesky(xx)
         weight = prior.double() + torch.cholesky_solve(residual.T, factor).T
-        return weight.float(), (mean_y - weight @ mean_x).float()
+        bias = mean_y + self._shift[1].double() - weight @ (mean_x + self._shift[0].double())
+        return weight.float(), bias.float()
 
 
 def _reestimate_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: list[Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from entprune.errors import DataError
+from entprune.evaluation import ImageSplit
 from entprune.moments import MomentAccumulator, Moments, draw_positions, feature_count, merge, read_outputs, read_rows
 
 
@@ -59,7 +60,8 @@ Statistics = Mapping[str, LayerStatistics]
 
 def collect_statistics(
     model: nn.Module,
-    images: np.ndarray,
+    split: ImageSplit,
+    indices: np.ndarray,
     *,
     consumers: Sequence[str],
     others: Sequence[str] = (),
@@ -72,7 +74,8 @@ def collect_statistics(
 
     Args:
         model: dense network in eval mode, on `device`.
-        images: (n, C, H, W) float32, normalised; one shard.
+        split: labelled images; the labels are not used.
+        indices: (n,) numbers of this shard's images in the split.
         consumers: layers whose moments are wanted.
         others: layers of which only the answers are wanted.
         sampling: rows per layer.
@@ -86,13 +89,13 @@ def collect_statistics(
         raise DataError(f"expected a shard that starts at a multiple of {sampling.batch_size}, got {first_image}.")
     collector = _Collector(model, consumers, others, sampling, device)
     with torch.inference_mode(), collector:
-        for start in range(0, len(images), sampling.batch_size):
+        for start in range(0, len(indices), sampling.batch_size):
             collector.batch = (first_image + start) // sampling.batch_size
-            output = model(torch.from_numpy(images[start : start + sampling.batch_size]).to(device))
+            output = model(split.batch(indices[start : start + sampling.batch_size]).to(device))
             if not bool(torch.isfinite(output).all()):
                 raise DataError("expected finite network outputs on the calibration images, got NaN or infinity; check data and weights.")
             if progress is not None:
-                progress(min(start + sampling.batch_size, len(images)), len(images))
+                progress(min(start + sampling.batch_size, len(indices)), len(indices))
     return collector.result()
 
 

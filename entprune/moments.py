@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from entprune.errors import DataError
 
+_CARRY_ROWS = 8192
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Moments:
@@ -51,34 +53,67 @@ def merge(first: Moments, second: Moments) -> Moments:
     return Moments(count=count, mean=mean, scatter=scatter)
 
 
+class ProductSum:
+    """Running sum of products a^T b: float32 matrix products, carried over into float64 every few thousand rows.
+
+    The float32 partial sum is short, so its rounding error does not grow with the number of rows, and the float64 matrix is
+    touched seldom: the cost is that of the matrix products.
+    """
+
+    def __init__(self, num_left: int, num_right: int, *, device: str = "cpu") -> None:
+        self._partial = torch.zeros(num_left, num_right, device=device)
+        self._total = torch.zeros(num_left, num_right, dtype=torch.float64, device=device)
+        self._rows = 0
+
+    def update(self, left: Tensor, right: Tensor) -> None:
+        """Add left^T right for rows (n, l) and (n, r)."""
+        self._partial.addmm_(left.T, right)
+        self._rows += left.shape[0]
+        if self._rows >= _CARRY_ROWS:
+            self._carry()
+
+    def _carry(self) -> None:
+        self._total += self._partial
+        self._partial.zero_()
+        self._rows = 0
+
+    def total(self) -> Tensor:
+        """(l, r) float64 sum so far."""
+        self._carry()
+        return self._total
+
+
 class MomentAccumulator:
-    """Adds batches of rows; products run in float32, sums in float64, so memory does not grow with the number of rows."""
+    """Adds batches of rows in memory independent of their number.
+
+    Rows are shifted by the mean of the first batch, which removes the cancellation that raw second moments suffer from.
+    """
 
     def __init__(self, num_features: int, *, device: str = "cpu") -> None:
         self._count = 0
-        self._mean = torch.zeros(num_features, dtype=torch.float64, device=device)
-        self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self._shift: Tensor | None = None
+        self._sum = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self._products = ProductSum(num_features, num_features, device=device)
 
     def update(self, rows: Tensor) -> None:
         """Add rows (n, d), any floating dtype, on the accumulator's device."""
-        count = rows.shape[0]
-        if count == 0:
+        if rows.shape[0] == 0:
             return
-        batch_mean = rows.double().mean(0)
-        centred = (rows.float() - batch_mean.float()) if rows.dtype != torch.float64 else rows - batch_mean
-        # Rounding the mean to float32 leaves a residual shift; subtracting its outer product removes it exactly.
-        residual = centred.double().mean(0)
-        self._scatter += (centred.T @ centred).double()
-        self._scatter -= count * torch.outer(residual, residual)
-        shift = batch_mean - self._mean
-        total = self._count + count
-        self._scatter += torch.outer(shift, shift) * (self._count * count / total)
-        self._mean += shift * (count / total)
-        self._count = total
+        if self._shift is None:
+            self._shift = rows.mean(0, dtype=torch.float64).float()
+        shifted = rows.float() - self._shift
+        self._sum += shifted.sum(0, dtype=torch.float64)
+        self._products.update(shifted, shifted)
+        self._count += rows.shape[0]
 
     def result(self) -> Moments:
         """Moments of all rows so far, on the CPU."""
-        return Moments(count=self._count, mean=self._mean.cpu().numpy(), scatter=self._scatter.cpu().numpy())
+        scatter = self._products.total().clone()
+        mean = self._sum / max(self._count, 1)
+        scatter.addr_(mean, mean, alpha=-float(self._count))
+        if self._shift is not None:
+            mean = mean + self._shift.double()
+        return Moments(count=self._count, mean=mean.cpu().numpy(), scatter=scatter.cpu().numpy())
 
 
 def feature_count(layer: nn.Module) -> int:

@@ -183,12 +183,12 @@ def _drop(state: EntropicState, setting: PathSetting) -> list[int]:
     return [int(channel) for channel in removed]
 
 
-def lower_envelope(problem: GroupProblem, settings: Sequence[SettingPath]) -> SparsityPath:
+def lower_envelope(group: str, num_consumers: int, settings: Sequence[SettingPath]) -> SparsityPath:
     """Keep at every width the setting with the smallest refit error (the first one on ties)."""
     errors = np.stack([path.errors for path in settings])
     return SparsityPath(
-        group=problem.name,
-        num_consumers=len(problem.consumers),
+        group=group,
+        num_consumers=num_consumers,
         settings=tuple(settings),
         errors=errors.min(0),
         choice=errors.argmin(0),

@@ -1,4 +1,4 @@
-"""Training by a plain recipe: one cycle of the learning rate, light augmentation, label smoothing, bfloat16 where it is native.
+"""Training by a plain recipe: one cycle of the learning rate, light augmentation, bfloat16 where it is native.
 
 Axes: n samples, c channels, h and w pixels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -118,9 +118,7 @@ def train(model: nn.Module, data: ImageData, config: TrainConfig, progress: Prog
 
     trained = copy.deepcopy(model)
     history = fit(trained, data.train, np.arange(len(data.train)), loss, config, progress)
-    return TrainResult(
-        model=trained, history=history, accuracy=accuracy(trained, data.test, device=config.device)
-    )
+    return TrainResult(model=trained, history=history, accuracy=accuracy(trained, data.test, device=config.device))
 
 
 def fit(
@@ -131,11 +129,15 @@ def fit(
     config: TrainConfig,
     progress: Progress | None = None,
 ) -> tuple[EpochRecord, ...]:
-    """Minimise a loss over some images, changing the network in place; arguments and errors as for :func:`train`.
+    """Minimise a loss over some images, changing the network in place; errors as for :func:`train`.
 
     Args:
-        indices: which images of the split are trained on.
-        loss_function: gets logits (n, classes), the augmented images (n, c, h, w) and labels (n,) on the training device.
+        model: the network, changed in place.
+        split: where the images come from.
+        indices: which of them are trained on.
+        loss_function: gets logits (n, classes), augmented images (n, c, h, w) and labels (n,) on the training device.
+        config: the recipe; its label smoothing is up to the loss function.
+        progress: called after each step with the steps done, their total and a text.
 
     Returns:
         One record for each epoch. The network is left in evaluation mode, on the device it came from.
@@ -144,33 +146,161 @@ def fit(
         raise DataError(f"training: expected at least 2 images, got {len(indices)}; give more training data.")
     home, device = locate_model(model), resolve_device(config.device)
     model.to(device).train()
-    optimiser = _make_optimiser(model, config)
     steps_per_epoch = max(1, len(indices) // config.batch_size)
-    total_steps = config.epochs * steps_per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: one_cycle(step, total_steps))
-    is_mixed = has_native_bfloat16(device) if config.amp is None else config.amp
+    loop = _Loop(model, split, loss_function, config, device, config.epochs * steps_per_epoch)
+    order_generator = np.random.default_rng(config.seed)
     history: list[EpochRecord] = []
-    with _seeded(config.seed, device) as (order_generator, generator):
+    with _seeded_dropout(config.seed, device):
         for epoch in range(1, config.epochs + 1):
-            start, tally = time.perf_counter(), torch.zeros(2, device=device)  # sum of losses, number correct
-            order = indices[order_generator.permutation(len(indices))]
-            for step in range(steps_per_epoch):
-                chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
-                images = split.batch(chosen).to(device)
-                images = augment(images, generator) if config.augment else images
-                labels = torch.from_numpy(split.labels[chosen]).to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
-                    logits = model(images)
-                    loss = loss_function(logits.float(), images, labels)
-                optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                optimiser.step()
-                schedule.step()
-                with torch.no_grad():
-                    tally += torch.stack((loss.detach(), (logits.argmax(dim=1) == labels).sum()))
-                _report(progress, (epoch - 1) * steps_per_epoch + step + 1, total_steps, epoch, history)
-            num_seen = min(len(indices), steps_per_epoch * config.batch_size)
-            history.append(_record_epoch(epoch, tally, steps_per_epoch, num_seen, time.perf_counter() - start))
-            _require_finite(history[-1], config)
+            order = order_generator.permutation(indices)
+            batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+            history.append(_run_epoch(loop, epoch, batches[:steps_per_epoch], progress))
+            if not math.isfinite(history[-1].loss):
+                raise ConfigError(
+                    f"training diverged in epoch {epoch}: expected a finite loss, got {history[-1].loss}; "
+                    f"lower the learning rate (now {config.learning_rate})."
+                )
     model.to(home).eval()
     return tuple(history)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image at random, repeating its border, and mirror every second one of those with 3 channels.
+
+    Shifts reach an eighth of the side with 3 channels (4 pixels for 32x32), otherwise a fourteenth but at least one
+    pixel (2 for 28x28): digits are centred, and mirroring changes what they say.
+
+    Args:
+        images: (n, c, h, w) on any device.
+        generator: on the CPU; draws the same numbers whatever the device.
+
+    Returns:
+        New images of the same shape.
+    """
+    num_images, num_channels, height, width = images.shape
+    is_colour = num_channels == 3
+    rows = _shifted_positions(num_images, height, 8 if is_colour else 14, generator)
+    columns = _shifted_positions(num_images, width, 8 if is_colour else 14, generator)
+    if is_colour:
+        is_mirrored = torch.rand(num_images, 1, generator=generator) < 0.5
+        columns = torch.where(is_mirrored, columns.flip(1), columns)
+    image = torch.arange(num_images).view(-1, 1, 1, 1).to(images.device)
+    channel = torch.arange(num_channels).view(1, -1, 1, 1).to(images.device)
+    row = rows.view(num_images, 1, height, 1).to(images.device)
+    column = columns.view(num_images, 1, 1, width).to(images.device)
+    return images[image, channel, row, column]
+
+
+def one_cycle(step: int, total_steps: int) -> float:
+    """Return the learning rate of a step as a fraction of its peak: a linear rise over a quarter, then half a cosine.
+
+    Args:
+        step: from 0.
+        total_steps: length of the schedule; 0 < result <= 1 for every step below it.
+    """
+    warm_up_steps = max(1, round(_WARM_UP_FRACTION * total_steps))
+    if step < warm_up_steps:
+        return (step + 1) / warm_up_steps
+    elapsed = (step + 1 - warm_up_steps) / (total_steps + 1 - warm_up_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed)))
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bfloat16 numbers without emulating it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def require(condition: bool, expectation: str) -> None:
+    """Check a setting; the expectation reads "epochs >= 1, got 0".
+
+    Raises:
+        ConfigError: the condition does not hold.
+    """
+    if not condition:
+        raise ConfigError(f"training: expected {expectation}.")
+
+
+class _Loop:
+    """One training run: what a step reads and moves on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: ImageSplit,
+        loss_function: LossFunction,
+        config: TrainConfig,
+        device: torch.device,
+        total_steps: int,
+    ) -> None:
+        self.model, self.split, self.loss_function = model, split, loss_function
+        self.device, self.is_augmented, self.total_steps = device, config.augment, total_steps
+        self.is_mixed = has_native_bfloat16(device) if config.amp is None else config.amp
+        self.optimiser = _make_optimiser(model, config)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: one_cycle(step, total_steps))
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def step(self, indices: npt.NDArray[np.int64]) -> Tensor:
+        """Train on one batch; returns its loss and its number of correct images, (2,), on the training device."""
+        images = self.split.batch(indices).to(self.device)
+        images = augment(images, self.generator) if self.is_augmented else images
+        labels = torch.from_numpy(self.split.labels[indices]).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_mixed):
+            logits = self.model(images).float()
+            loss = self.loss_function(logits, images, labels)
+        self.optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        self.optimiser.step()
+        self.schedule.step()
+        return torch.stack((loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()))
+
+
+def _run_epoch(
+    loop: _Loop, epoch: int, batches: Sequence[npt.NDArray[np.int64]], progress: Progress | None
+) -> EpochRecord:
+    start = time.perf_counter()
+    tally = torch.zeros(2, device=loop.device)  # sum of losses, number of correct images
+    for position, indices in enumerate(batches, start=1):
+        tally += loop.step(indices)
+        if progress is not None:
+            progress((epoch - 1) * len(batches) + position, loop.total_steps, f"training, epoch {epoch}")
+    loss_sum, num_correct = tally.tolist()
+    return EpochRecord(
+        epoch=epoch,
+        loss=loss_sum / len(batches),
+        accuracy=100.0 * num_correct / sum(len(indices) for indices in batches),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimiser == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=_MOMENTUM, nesterov=True)
+
+
+def _shifted_positions(num_images: int, length: int, fraction: int, generator: torch.Generator) -> Tensor:
+    """Return for each image the source position of each row or column, (num_images, length)."""
+    reach = max(1, length // fraction)
+    shift = torch.randint(-reach, reach + 1, (num_images, 1), generator=generator)
+    return (torch.arange(length) + shift).clamp_(0, length - 1)
+
+
+@contextmanager
+def _seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators that dropout draws from, and put their state back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

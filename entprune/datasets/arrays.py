@@ -32,7 +32,7 @@ _DIGITS_MEAN, _DIGITS_STD = (0.3053,), (0.3761,)  # of all digits after scaling 
 def load_digits(mean: Sequence[float] | None, std: Sequence[float] | None) -> ImageData:
     """Load the 1797 8x8 digits that come with scikit-learn, a fixed stratified quarter of them for testing."""
     try:
-        from sklearn import datasets  # noqa: PLC0415 -- a large package that only the digits need
+        from sklearn import datasets  # late: a large package that only the digits need
     except ImportError as cause:
         raise DataError(
             "data 'digits': expected scikit-learn to be installed; run pip install scikit-learn."

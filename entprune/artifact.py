@@ -1,0 +1,290 @@
+"""The portable form of a pruned network: plain weights and plain JSON, no pickled classes.
+
+A pruned network is the named network with narrower layers. The folder holds the widths of every layer and the weights;
+loading builds the network from its specification, narrows each layer, and loads the weights strictly.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from entprune.checkpoints import save_state, sha256_file
+from entprune.errors import ArtifactError, CheckpointError, ConfigError, EntpruneError
+from entprune.models import MODEL_NAMES, build_model
+from entprune.plan import PruningPlan
+from entprune.storage import atomic_write_text, staging_directory
+
+FORMAT_VERSION = 1
+
+_WEIGHTS_NAME = "model.safetensors"
+_DESCRIPTION_NAME = "model.json"
+_WIDTHS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "Conv2d": (nn.Conv2d, ("in_channels", "out_channels", "groups")),
+    "Linear": (nn.Linear, ("in_features", "out_features")),
+    "BatchNorm1d": (nn.BatchNorm1d, ("num_features",)),
+    "BatchNorm2d": (nn.BatchNorm2d, ("num_features",)),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """What a user must know to feed a network and to read its answer.
+
+    Attributes:
+        model_spec: how the unpruned network is built, None for one that was passed in process.
+        num_classes: length of the logit vector.
+        input_shape: channels, height and width of one image.
+        mean: per channel, subtracted from pixel values in [0, 1]; empty if unknown.
+        std: per channel, by which the difference is divided; empty if unknown.
+        class_names: in the order of the logits; empty if unknown.
+    """
+
+    model_spec: str | None
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1 or len(self.input_shape) != 3 or min(self.input_shape) < 1:
+            raise ConfigError(
+                "expected num_classes >= 1 and a positive (channels, height, width), "
+                f"got num_classes={self.num_classes} and input_shape={self.input_shape}."
+            )
+        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise ConfigError(f"expected as many means as positive deviations, got mean={self.mean} and std={self.std}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ModelCard:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: a value is out of range.
+            KeyError, TypeError, ValueError: an entry is missing or malformed.
+        """
+        channels, height, width = (int(size) for size in content["input_shape"])
+        return cls(
+            model_spec=content["model_spec"],
+            num_classes=int(content["num_classes"]),
+            input_shape=(channels, height, width),
+            mean=tuple(float(value) for value in content["mean"]),
+            std=tuple(float(value) for value in content["std"]),
+            class_names=tuple(str(name) for name in content["class_names"]),
+        )
+
+
+def save_model(
+    model: nn.Module,
+    plan: PruningPlan | None,
+    card: ModelCard,
+    directory: Path,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network as a folder with ``model.safetensors`` and ``model.json``; it appears complete or not at all.
+
+    Args:
+        model: pruned or dense network; it is not changed.
+        plan: which channels were kept, None for a network that was not pruned.
+        card: how it is built and fed.
+        directory: an older artifact there is replaced; a folder with anything else is refused.
+        extra: further plain values to keep beside the network, such as its lineage.
+
+    Raises:
+        ArtifactError: the network holds NaN or infinite values, or more than tensors.
+        OutputError: the folder cannot be written.
+    """
+    _check_saveable(model)
+    with staging_directory(Path(directory), marker=_DESCRIPTION_NAME) as staging:
+        save_state(model, staging / _WEIGHTS_NAME)
+        description = {
+            "format_version": FORMAT_VERSION,
+            "card": card.to_dict(),
+            "layers": _read_widths(model),
+            "plan": None if plan is None else plan.to_dict(),
+            "weights": {"file": _WEIGHTS_NAME, "sha256": sha256_file(staging / _WEIGHTS_NAME)},
+            "extra": dict(extra or {}),
+        }
+        description["sha256"] = _description_digest(description)
+        atomic_write_text(staging / _DESCRIPTION_NAME, json.dumps(description, indent=2, allow_nan=False) + "\n")
+        # safetensors makes files that only their owner can read; whoever reads one of the two may read the other.
+        (staging / _WEIGHTS_NAME).chmod((staging / _DESCRIPTION_NAME).stat().st_mode)
+
+
+def load_model(directory: Path, *, model: nn.Module | None = None) -> nn.Module:
+    """Rebuild a saved network without running any code that the folder names.
+
+    Args:
+        directory: written by :func:`save_model`.
+        model: an unpruned instance of the network, needed where it was not built in or from torchvision; it is not changed.
+
+    Returns:
+        The network in evaluation mode, float32, on the CPU.
+
+    Raises:
+        ArtifactError: the folder is missing, damaged or of another version, or `model` is another network or is needed.
+    """
+    directory = Path(directory)
+    description = _read_description(directory)
+    card = _card(directory, description)
+    network = (_build(directory, card) if model is None else copy.deepcopy(model).cpu()).float()
+    _narrow(directory, network, description["layers"])
+    state = _read_weights(directory, description["weights"].get("sha256"))
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as cause:
+        raise _misfit(directory, " ".join(str(cause).split())[:300]) from cause
+    return network.eval()
+
+
+def read_card(directory: Path) -> ModelCard:
+    """Return how a saved network is built and fed, without loading it.
+
+    Raises:
+        ArtifactError: the folder is missing, damaged or of another version.
+    """
+    return _card(Path(directory), _read_description(Path(directory)))
+
+
+def _check_saveable(model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ArtifactError(f"expected a network of tensors only, got {type(value).__name__} in '{name}'; remove its extra state.")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ArtifactError(f"expected finite weights, got NaN or infinity in '{name}'; train or prune the network again.")
+
+
+def _read_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Kind and sizes of every layer that pruning can narrow."""
+    widths: dict[str, dict[str, Any]] = {}
+    for name, layer in model.named_modules():
+        for kind, (layer_type, fields) in _WIDTHS.items():
+            if isinstance(layer, layer_type):
+                widths[name] = {"type": kind} | {field: int(getattr(layer, field)) for field in fields}
+    return widths
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    path = directory / _DESCRIPTION_NAME
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise ArtifactError(f"artifact '{directory}': expected a folder with {_DESCRIPTION_NAME}, found none; check the path.") from cause
+    except ValueError as cause:  # neither UTF-8 nor JSON
+        raise ArtifactError(f"artifact '{directory}': {_DESCRIPTION_NAME} is damaged; save the model again.") from cause
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"artifact '{directory}': expected format_version {FORMAT_VERSION}, got {version!r}; "
+            "load it with the version of entprune that wrote it."
+        )
+    if description.get("sha256") != _description_digest(description):
+        raise ArtifactError(f"artifact '{directory}': {_DESCRIPTION_NAME} does not match its checksum; save the model again.")
+    if not all(isinstance(description.get(key), dict) for key in ("card", "layers", "weights")):
+        raise ArtifactError(f"artifact '{directory}': {_DESCRIPTION_NAME} is incomplete; save the model again.")
+    return dict(description)
+
+
+def _description_digest(description: Mapping[str, Any]) -> str:
+    """SHA-256 of everything but the digest itself, independent of spaces and line ends."""
+    covered = {key: value for key, value in description.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _card(directory: Path, description: Mapping[str, Any]) -> ModelCard:
+    try:
+        return ModelCard.from_dict(description["card"])
+    except (KeyError, TypeError, ValueError, ConfigError) as cause:
+        raise ArtifactError(f"artifact '{directory}': its card is incomplete ({cause}); save the model again.") from cause
+
+
+def _build(directory: Path, card: ModelCard) -> nn.Module:
+    """Build the dense network, from names that this package knows only."""
+    spec = card.model_spec
+    if spec is None or (spec not in MODEL_NAMES and not spec.startswith("torchvision:")):
+        origin = "a network without a specification" if spec is None else f"'{spec}', whose code is not run from a saved file"
+        raise ArtifactError(
+            f"artifact '{directory}': it was made from {origin}; build an unpruned instance yourself and pass it as model=."
+        )
+    try:
+        return build_model(spec, num_classes=card.num_classes, input_shape=card.input_shape)
+    except EntpruneError as cause:
+        raise ArtifactError(f"artifact '{directory}': its network cannot be built: {cause}") from cause
+
+
+def _narrow(directory: Path, network: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Give every layer its recorded sizes; parameters are left empty."""
+    present = _read_widths(network)
+    if set(present) != set(layers):
+        stranger = sorted(set(present) ^ set(layers))[0]
+        raise _misfit(directory, f"layer '{stranger}' is in only one of the two")
+    for name, recorded in layers.items():
+        if recorded == present[name]:
+            continue
+        if not isinstance(recorded, dict) or recorded.keys() != present[name].keys() or recorded["type"] != present[name]["type"]:
+            raise _misfit(directory, f"layer '{name}' is recorded as {recorded}, got {present[name]}")
+        sizes = {field: size for field, size in recorded.items() if field != "type"}
+        for field, size in sizes.items():
+            if not isinstance(size, int) or not 1 <= size <= present[name][field]:
+                raise _misfit(directory, f"layer '{name}' has {field} {size}, expected 1 to {present[name][field]}")
+        _resize(network.get_submodule(name), sizes)
+
+
+def _resize(layer: nn.Module, sizes: Mapping[str, int]) -> None:
+    for field, size in sizes.items():
+        setattr(layer, field, size)
+    if isinstance(layer, nn.Conv2d):
+        layer.weight = _empty(layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    elif isinstance(layer, nn.Linear):
+        layer.weight = _empty(layer.out_features, layer.in_features)
+    elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        _resize_batchnorm(layer)
+        return
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    if layer.bias is not None:
+        layer.bias = _empty(len(layer.weight))
+
+
+def _resize_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    if layer.affine:
+        layer.weight, layer.bias = _empty(layer.num_features), _empty(layer.num_features)
+    if layer.running_mean is not None and layer.running_var is not None:
+        layer.running_mean, layer.running_var = torch.empty(layer.num_features), torch.empty(layer.num_features)
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
+def _read_weights(directory: Path, expected_digest: str | None) -> dict[str, Tensor]:
+    path = directory / _WEIGHTS_NAME
+    if not path.is_file():
+        raise ArtifactError(f"artifact '{directory}': expected {_WEIGHTS_NAME}, found none; save the model again.")
+    try:
+        if sha256_file(path) != expected_digest:
+            raise ArtifactError(f"artifact '{directory}': {_WEIGHTS_NAME} does not match its checksum; save the model again.")
+        return safetensors.torch.load_file(path, device="cpu")
+    except (CheckpointError, SafetensorError, OSError, ValueError) as cause:
+        raise ArtifactError(f"artifact '{directory}': {_WEIGHTS_NAME} cannot be read; save the model again.") from cause
+
+
+def _misfit(directory: Path, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"artifact '{directory}': expected the network it was made from, but {reason}; pass an unpruned instance of that network."
+    )

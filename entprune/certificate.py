@@ -1,0 +1,121 @@
+"""Proof that the smaller network is the full-size one with the removed channels silenced.
+
+The masked network has the *dense* topology: every layer keeps its full width, the smaller network's weights are written back to their
+places, and each consumer's input is multiplied by zero where a channel was removed. Wrong couplings (the right number of
+channels, but not the same ones) run without complaint; only this comparison finds them.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from entprune.groups import ChannelGroups
+from entprune.plan import LayerSelection, PruningPlan, input_width, select_layers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Certificate:
+    """Outcome of the comparison.
+
+    Attributes:
+        max_abs_difference: largest difference of any output, relative to the largest absolute output of the masked network.
+        tolerance: allowed.
+        num_images: compared.
+        passed: whether the difference is finite and within the tolerance.
+    """
+
+    max_abs_difference: float
+    tolerance: float
+    num_images: int
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def certify(
+    dense: nn.Module,
+    smaller: nn.Module,
+    groups: ChannelGroups,
+    plan: PruningPlan,
+    images: Tensor,
+    *,
+    tolerance: float = 1e-4,
+) -> Certificate:
+    """Compare the smaller network with the masked full-size one.
+
+    Args:
+        dense: the network before pruning; it is not changed.
+        smaller: the pruned network with its present weights.
+        images: (n, C, H, W) real inputs; noise is added as a second half so that no channel is silent by chance.
+        tolerance: largest allowed difference relative to the output's scale.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator) * images.std() + images.mean()
+    batch = torch.cat([images, noise])
+    masked = masked_network(dense, smaller, groups, plan)
+    small = copy.deepcopy(smaller).eval().double().cpu()
+    with torch.inference_mode():
+        expected, actual = masked.double()(batch.double()), small(batch.double())
+    scale = float(expected.abs().max().clamp_min(1e-12))
+    difference = float((expected - actual).abs().max()) / scale
+    return Certificate(
+        max_abs_difference=difference,
+        tolerance=tolerance,
+        num_images=len(batch),
+        passed=bool(np.isfinite(difference) and difference <= tolerance),
+    )
+
+
+def masked_network(dense: nn.Module, smaller: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:
+    """Full-size copy that carries the smaller network's weights and zeroes removed channels at every consumer's input."""
+    masked = copy.deepcopy(dense).eval().cpu()
+    selection = select_layers(dense, groups, plan)
+    for name, small_layer in smaller.named_modules():
+        layer = masked.get_submodule(name)
+        entry = selection.get(name, LayerSelection())
+        _write_back(layer, small_layer, entry)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and entry.inputs is not None:
+            layer.register_forward_pre_hook(_silence(layer, entry.inputs))
+    return masked
+
+
+def _write_back(layer: nn.Module, small_layer: nn.Module, entry: LayerSelection) -> None:
+    """Scatter the smaller layer's own parameters and buffers into the full-size layer."""
+    small = dict(small_layer.named_parameters(recurse=False)) | dict(small_layer.named_buffers(recurse=False))
+    full = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
+    with torch.no_grad():
+        for name, value in small.items():
+            target = full[name]
+            if value.ndim == 0:
+                target.copy_(value)
+                continue
+            rows = _positions(entry.outputs, target.shape[0])
+            if name == "weight" and value.ndim > 1:
+                columns = _positions(entry.inputs, target.shape[1])
+                target[rows[:, None], columns] = value.detach().cpu()
+            else:
+                target[rows] = value.detach().cpu()
+
+
+def _positions(selected: np.ndarray | None, width: int) -> Tensor:
+    return torch.arange(width) if selected is None else torch.from_numpy(selected)
+
+
+def _silence(layer: nn.Module, kept: np.ndarray) -> Any:
+    mask = torch.zeros(input_width(layer), dtype=torch.float64)
+    mask[torch.from_numpy(kept)] = 1.0
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        value = inputs[0]
+        shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+        return (value * mask.to(value).reshape(shape), *inputs[1:])
+
+    return hook

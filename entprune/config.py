@@ -1,0 +1,146 @@
+"""Settings of a pruning run and the budget in the user's own terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from statistics import NormalDist
+from typing import Any, Literal
+
+from entprune.errors import ConfigError
+from entprune.path import PathSetting
+
+BudgetKind = Literal["max_accuracy_drop", "parameters_removed", "macs_removed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What the user allows or asks: exactly one of the three.
+
+    Attributes:
+        max_accuracy_drop: accuracy points that may be lost, in [0, 100); the smallest network within it is searched.
+        parameters_removed: fraction of the parameters to remove, in [0, 1).
+        macs_removed: fraction of the multiply-accumulates to remove, in [0, 1).
+    """
+
+    max_accuracy_drop: float | None = None
+    parameters_removed: float | None = None
+    macs_removed: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(
+                "expected exactly one budget of --max-accuracy-drop, --parameters-removed and --macs-removed, got "
+                f"{len(given)}; give one."
+            )
+        ((name, value),) = given.items()
+        upper = 100.0 if name == "max_accuracy_drop" else 1.0
+        if not 0.0 <= value < upper:
+            option = "--" + name.replace("_", "-")
+            unit = "accuracy points" if name == "max_accuracy_drop" else "a fraction"
+            raise ConfigError(f"{option} is {unit} in [0, {upper:g}), got {value:g}; choose a value in that range.")
+
+    @property
+    def kind(self) -> BudgetKind:
+        """Name of the budget that was given."""
+        if self.max_accuracy_drop is not None:
+            return "max_accuracy_drop"
+        return "parameters_removed" if self.parameters_removed is not None else "macs_removed"
+
+    @property
+    def value(self) -> float:
+        """Its value, in points or as a fraction."""
+        return float(getattr(self, self.kind))
+
+    def to_dict(self) -> dict[str, float]:
+        """The one given entry."""
+        return {self.kind: self.value}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneConfig:
+    """Settings of a pruning run; the defaults are meant to be left alone.
+
+    Attributes:
+        calibration_samples: training images whose moments are taken.
+        validation_samples: further training images on which candidates are compared; none of them is a calibration image.
+        calibration_shards: independent parts of the data pass; fixed, so that the plan does not depend on the worker count.
+        batch_size: images per forward pass.
+        min_rows, rows_per_feature: sampled rows per layer (see SamplingPlan).
+        settings: hyperparameter settings of the sparsity paths; the envelope keeps the best at every width.
+        objective: what is made small under an accuracy budget.
+        minimum_channels: least width of a group.
+        round_to: widths are multiples of this.
+        keep: shell patterns of layers that must not change.
+        relative_ridge, reestimate_batchnorm: see RefitConfig.
+        confidence: one-sided probability with which the accuracy budget shall hold on unseen data of the validation's kind.
+        candidates_per_round, max_rounds, resolution: search; it stops when neighbouring sizes differ by less than the factor.
+        certificate_tolerance: allowed relative difference.
+        threads: torch threads per worker; fixed, so that the plan does not depend on the machine's load.
+        seed: of every random choice.
+        device: torch device of the heavy work, "cpu" or "cuda".
+    """
+
+    calibration_samples: int = 2048
+    validation_samples: int = 5000
+    calibration_shards: int = 4
+    batch_size: int = 64
+    min_rows: int = 10_000
+    rows_per_feature: float = 2.0
+    settings: tuple[PathSetting, ...] = field(
+        default_factory=lambda: (PathSetting(entropy_weight=0.0), PathSetting(entropy_weight=0.3))
+    )
+    objective: Literal["parameters", "macs"] = "parameters"
+    minimum_channels: int = 1
+    round_to: int = 1
+    keep: tuple[str, ...] = ()
+    relative_ridge: float = 1e-3
+    reestimate_batchnorm: bool = True
+    confidence: float = 0.8
+    candidates_per_round: int = 2
+    max_rounds: int = 5
+    resolution: float = 1.05
+    certificate_tolerance: float = 1e-4
+    threads: int = 1
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        positive = (
+            "calibration_samples", "validation_samples", "calibration_shards", "batch_size", "min_rows",
+            "minimum_channels", "round_to", "candidates_per_round", "max_rounds", "threads",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.settings:
+            raise ConfigError("settings must hold at least one path setting, got none.")
+        if not 0.5 <= self.confidence < 1.0:
+            raise ConfigError(f"confidence must lie in [0.5, 1), got {self.confidence}.")
+        if self.resolution <= 1.0:
+            raise ConfigError(f"resolution must exceed 1, got {self.resolution}.")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}.")
+
+    @property
+    def quantile(self) -> float:
+        """Standard normal quantile of the confidence."""
+        return NormalDist().inv_cdf(self.confidence)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PruneConfig:
+        """Inverse of :meth:`to_dict`; unknown names raise ConfigError."""
+        known = set(cls.__dataclass_fields__)
+        if unknown := set(content) - known:
+            raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}.")
+        values = dict(content)
+        if "settings" in values:
+            values["settings"] = tuple(PathSetting(**entry) for entry in values["settings"])
+        if "keep" in values:
+            values["keep"] = tuple(values["keep"])
+        return replace(cls(), **values)

@@ -1,0 +1,379 @@
+"""Prune a network in process: `prune(model, calibration, budget=..., evaluate=...)`.
+
+The same stages run on a cluster through the `flows` package; both give the same plan on the same seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from entprune.artifact import ModelCard
+from entprune.assembly import RefitConfig, RefitData, slice_network
+from entprune.certificate import Certificate, certify
+from entprune.config import Budget, PruneConfig
+from entprune.datasets.splits import ArraySplit
+from entprune.errors import DataError
+from entprune.evaluation import ImageSplit, Measurement, count_macs, count_parameters, measure_latency
+from entprune.groups import ChannelGroups
+from entprune.path import SparsityPath
+from entprune.plan import PruningPlan
+from entprune.report import collect_warnings, environment
+from entprune.runner import InProcessRunner, Progress, Runner, torch_threads
+from entprune.search import SearchResult, search
+from entprune.simplex import effective_channels, entropy
+from entprune.stages import (
+    CandidateJob,
+    ImageSet,
+    Network,
+    StopRule,
+    analyse,
+    answers_only,
+    calibrate,
+    predict,
+    sampling_plan,
+    solve,
+)
+
+_CERTIFICATE_IMAGES = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PruningResult:
+    """What a pruning run gives back.
+
+    Attributes:
+        model: the smaller network, an ordinary module in eval mode on the CPU.
+        plan: kept channels of every group.
+        report: the content of report.json.
+        certificate: proof that the smaller network equals the masked full-size one.
+        paths: sparsity path of every group, reusable for other budgets.
+        card: what the portable artifact needs to know about the network.
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    report: dict[str, Any]
+    certificate: Certificate
+    paths: Mapping[str, SparsityPath]
+    card: ModelCard
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time inside the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def to_dict(self) -> dict[str, float]:
+        """Seconds per stage and their total."""
+        rounded = {name: round(value, 3) for name, value in self.seconds.items()}
+        return {**rounded, "total": round(sum(self.seconds.values()), 3)}
+
+
+def prune(
+    model: nn.Module,
+    calibration: ImageSplit | np.ndarray | Tensor | Iterable[Any],
+    *,
+    budget: Budget,
+    evaluate: ImageSplit | tuple[Any, Any] | None = None,
+    test: ImageSplit | tuple[Any, Any] | None = None,
+    config: PruneConfig | None = None,
+    runner: Runner | None = None,
+    progress: Progress | None = None,
+    model_spec: str | None = None,
+    class_names: Sequence[str] = (),
+) -> PruningResult:
+    """Prune a network to a budget without a single gradient step.
+
+    Args:
+        model: pretrained network; it is not changed.
+        calibration: unlabelled images (n, C, H, W), normalised as the network expects; an array, a tensor, an iterable of batches
+            (a DataLoader; of pairs the first part is taken), or an image split.
+        budget: accuracy points, parameters or MACs.
+        evaluate: held-out labelled images on which candidates are selected, as (images, labels) or a split; needed for an accuracy budget.
+        test: labelled images for the final figures alone; without them the report's accuracies are null.
+        config: settings; the defaults are meant to be left alone.
+        runner: who runs the units; in this process by default.
+        progress: called with (stage, units done, all units) by the default runner.
+        model_spec: how to build the unpruned network again ("vgg16_cifar", "torchvision:resnet50"), for `entprune.load`.
+        class_names: recorded in the artifact.
+
+    Raises:
+        ConfigError, DataError, ModelError: an input is unusable; the message says which and what to do.
+    """
+    config = config or PruneConfig()
+    images = whole_split(as_split(calibration), config.calibration_samples)
+    validation = None if evaluate is None else whole_split(as_split(evaluate), config.validation_samples)
+    if validation is None and budget.kind == "max_accuracy_drop":
+        raise DataError("an accuracy budget needs labelled images: pass evaluate=(images, labels), or ask for a size.")
+    runner = runner or InProcessRunner(threads=config.threads, progress=progress)
+    shape = tuple(int(size) for size in images.split.batch(images.indices[:1]).shape[1:])
+    watch = Stopwatch()
+    with watch.stage("analyse"):
+        network = analyse(model, (shape[0], shape[1], shape[2]), config)
+    with watch.stage("calibrate"):
+        statistics = calibrate(network, images, config, runner)
+    with watch.stage("solve"):
+        paths = solve(network, statistics, config, runner)
+    with watch.stage("search"):
+        job = candidate_job(network, images, statistics, validation, budget, config, runner)
+        found = search(paths, network.cost, job, budget, config, runner)
+    with watch.stage("certify"):
+        smaller = build_smaller(network, found)
+        certificate = certify_result(network, smaller, found.chosen.plan, images, config)
+    test_set = None if test is None else whole_split(as_split(test), None)
+    with watch.stage("measure"):
+        dense_figures = measure_network(network.model, network, test_set, config, runner, stage="measure dense")
+        small_figures = measure_network(smaller, network, test_set, config, runner, stage="measure pruned")
+    card = ModelCard(
+        model_spec=model_spec, num_classes=num_outputs(network), input_shape=network.input_shape,
+        mean=(), std=(), class_names=tuple(class_names),
+    )  # fmt: skip
+    report = build_report(
+        RunFacts(network=network, paths=paths, found=found, certificate=certificate, budget=budget, config=config),
+        dense=dense_figures,
+        one_shot=small_figures,
+        model={"spec": model_spec, "input_shape": list(network.input_shape), "num_classes": card.num_classes},
+        data={
+            "spec": None, "sha256": None, "mean": [], "std": [], "calibration_samples": len(images),
+            "validation_samples": 0 if validation is None else len(validation),
+            "test_samples": 0 if test_set is None else len(test_set),
+        },
+        validation_accuracy=100.0 * float(job.dense_correct.mean()) if len(job.dense_correct) else None,
+        timings=watch.to_dict(),
+    )  # fmt: skip
+    return PruningResult(
+        model=smaller, plan=found.chosen.plan, report=report, certificate=certificate, paths=paths, card=card
+    )
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def as_split(images: Any) -> ImageSplit:
+    """Accept a split, (images, labels), an array or tensor (n, C, H, W), or an iterable of batches.
+
+    Raises:
+        DataError: none of these, an empty input, or values that are not finite.
+    """
+    if hasattr(images, "batch") and hasattr(images, "labels"):
+        return images  # type: ignore[no-any-return]
+    labels: Any = None
+    if isinstance(images, tuple) and len(images) == 2:
+        images, labels = images
+    if not isinstance(images, (np.ndarray, Tensor)):
+        parts = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in images]
+        if not parts:
+            raise DataError("expected at least one batch of images, got none.")
+        images = torch.cat([torch.as_tensor(part) for part in parts])
+    array = np.asarray(images, dtype=np.float32)
+    if array.ndim != 4 or not len(array):
+        raise DataError(f"expected images of shape (n, C, H, W), got {array.shape}; add the missing axes.")
+    if not np.isfinite(array).all():
+        raise DataError("expected finite images, got NaN or infinity; clean the data.")
+    given = np.zeros(len(array), dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+    if given.shape != (len(array),):
+        raise DataError(f"expected one label per image, got {given.shape} labels for {len(array)} images.")
+    channels = array.shape[1]
+    return ArraySplit(images=array, labels=given, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def whole_split(split: ImageSplit, limit: int | None) -> ImageSet:
+    """The first `limit` images of a split (all without a limit)."""
+    count = len(split) if limit is None else min(limit, len(split))
+    return ImageSet(split=split, indices=np.arange(count))
+
+
+# --- joining stages -------------------------------------------------------------------------------------------------
+
+
+def candidate_job(
+    network: Network,
+    images: ImageSet,
+    statistics: Mapping[str, Any],
+    validation: ImageSet | None,
+    budget: Budget,
+    config: PruneConfig,
+    runner: Runner,
+) -> CandidateJob:
+    """Score the dense network on the validation images and bundle what candidate units read."""
+    correct = np.zeros(0, dtype=np.bool_)
+    if validation is not None:
+        correct = predict(network.model, validation, config, runner, stage="validate dense")
+    return CandidateJob(
+        network=network,
+        data=RefitData(
+            split=images.split,
+            indices=images.indices,
+            statistics=answers_only(statistics),
+            sampling=sampling_plan(config, len(images)),
+        ),
+        refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),
+        validation=validation,
+        dense_correct=correct,
+        stop=StopRule(max_drop=budget.max_accuracy_drop, quantile=config.quantile),
+        device=config.device,
+    )
+
+
+def build_smaller(network: Network, found: SearchResult) -> nn.Module:
+    """The chosen network with its weights."""
+    smaller = slice_network(network.model, network.groups, found.chosen.plan)
+    smaller.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in found.state.items()})
+    return smaller.eval()
+
+
+def certify_result(
+    network: Network, smaller: nn.Module, plan: PruningPlan, images: ImageSet, config: PruneConfig
+) -> Certificate:
+    """Certificate on calibration images."""
+    batch = images.split.batch(images.indices[:_CERTIFICATE_IMAGES])
+    return certify(network.model, smaller, network.groups, plan, batch, tolerance=config.certificate_tolerance)
+
+
+def num_outputs(network: Network) -> int:
+    """Classes the network tells apart."""
+    with torch.inference_mode():
+        return int(network.model(torch.zeros(1, *network.input_shape)).shape[1])
+
+
+def measure_network(
+    model: nn.Module,
+    network: Network,
+    test: ImageSet | None,
+    config: PruneConfig,
+    runner: Runner,
+    *,
+    stage: str,
+) -> Measurement:
+    """Test accuracy (NaN without test images), parameters, MACs and latency; the test images are used here alone."""
+    accuracy = float("nan")
+    if test is not None:
+        accuracy = 100.0 * float(predict(model, test, config, runner, stage=stage).mean())
+    with torch_threads(config.threads):
+        latency = measure_latency(model, network.input_shape, repeats=5)
+    return Measurement(
+        accuracy=accuracy,
+        parameters=count_parameters(model),
+        macs=count_macs(model, network.input_shape),
+        latency_ms=latency,
+    )
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RunFacts:
+    """What the report draws on."""
+
+    network: Network
+    paths: Mapping[str, SparsityPath]
+    found: SearchResult
+    certificate: Certificate
+    budget: Budget
+    config: PruneConfig
+
+
+def build_report(
+    facts: RunFacts,
+    *,
+    dense: Measurement,
+    one_shot: Measurement,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    validation_accuracy: float | None,
+    timings: Mapping[str, float],
+    fine_tuned: Measurement | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of report.json, schema version 1."""
+    found = facts.found
+    report: dict[str, Any] = {
+        "schema_version": 1,
+        "model": dict(model),
+        "data": dict(data),
+        "seed": facts.config.seed,
+        "budget": facts.budget.to_dict(),
+        "budget_met": found.budget_met,
+        "dense": _figures(dense),
+        "one_shot": _compared(one_shot, dense),
+        "fine_tuned": None if fine_tuned is None else _compared(fine_tuned, dense),
+        "certificate": facts.certificate.to_dict(),
+        "groups": [_group_entry(facts.network.groups, path, found.chosen.plan) for path in facts.paths.values()],
+        "unprunable": [{"layer": e.layer, "reason": e.reason} for e in facts.network.groups.unprunable],
+        "candidates": _candidate_entries(found, dense),
+        "validation": {"dense_accuracy": validation_accuracy, "images": data.get("validation_samples", 0)},
+        "plan": found.chosen.plan.to_dict(),
+        "settings": facts.config.to_dict(),
+        "timings_seconds": dict(timings),
+        "lineage": dict(lineage or {}),
+        "environment": environment(),
+    }
+    report["warnings"] = collect_warnings(report)
+    return report
+
+
+def _figures(measured: Measurement) -> dict[str, Any]:
+    return {
+        "accuracy": None if np.isnan(measured.accuracy) else round(measured.accuracy, 4),
+        "parameters": measured.parameters,
+        "macs": measured.macs,
+        "latency_ms": measured.latency_ms,
+    }
+
+
+def _compared(measured: Measurement, dense: Measurement) -> dict[str, Any]:
+    drop = dense.accuracy - measured.accuracy
+    return {
+        **_figures(measured),
+        "accuracy_drop": None if np.isnan(drop) else round(drop, 4),
+        "parameters_removed": 1.0 - measured.parameters / dense.parameters,
+        "macs_removed": 1.0 - measured.macs / dense.macs,
+    }
+
+
+def _group_entry(groups: ChannelGroups, path: SparsityPath, plan: PruningPlan) -> dict[str, Any]:
+    width = len(plan.kept(path.group))
+    probability = torch.from_numpy(path.probability(width))
+    return {
+        "name": path.group,
+        "channels": path.num_channels,
+        "kept": width,
+        "reconstruction_error": float(path.errors[width]) / path.num_consumers,
+        "entropy": float(entropy(probability)),
+        "effective_channels": effective_channels(probability),
+        "setting": path.settings[int(path.choice[width])].setting.label(),
+        "note": f"read by {', '.join(piece.layer for piece in groups.named(path.group).consumers)}",
+    }
+
+
+def _candidate_entries(found: SearchResult, dense: Measurement) -> list[dict[str, Any]]:
+    return [
+        {
+            **candidate.to_dict(),
+            "parameters_removed": 1.0 - candidate.parameters / dense.parameters,
+            "macs_removed": 1.0 - candidate.macs / dense.macs,
+            "chosen": candidate.plan.digest() == found.chosen.plan.digest(),
+        }
+        for candidate in found.candidates
+    ]
+
+

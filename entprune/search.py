@@ -1,0 +1,271 @@
+"""Find the smallest network within a budget: allocate widths, assemble candidates, score them, narrow the bracket.
+
+Selection uses validation images alone, paired with the dense network's answers on the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from entprune.allocation import AllocationProblem, CostModel, Objective, allocate
+from entprune.config import Budget, PruneConfig
+from entprune.errors import ConfigError
+from entprune.path import SparsityPath
+from entprune.plan import GroupPlan, PruningPlan
+from entprune.runner import Runner, Work
+from entprune.stages import CandidateJob, CandidateScore, score_candidate
+
+_SMALLEST_FRACTION = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Candidate:
+    """One plan that was tried.
+
+    Attributes:
+        round: of the search, from 1.
+        kept_fraction: asked of the objective.
+        plan: kept channels.
+        parameters, macs: exact, from the cost model.
+        accuracy: percent on the validation images scored, None where none were asked for.
+        accuracy_drop: paired mean drop in points, upper_bound its confidence bound.
+        images: validation images scored.
+        accepted: whether the bound is within the budget.
+    """
+
+    round: int
+    kept_fraction: float
+    plan: PruningPlan
+    parameters: int
+    macs: int
+    accuracy: float | None
+    accuracy_drop: float | None
+    upper_bound: float | None
+    images: int
+    accepted: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        return {
+            "round": self.round,
+            "kept_fraction": self.kept_fraction,
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "validation_accuracy": self.accuracy,
+            "validation_drop": self.accuracy_drop,
+            "drop_upper_bound": self.upper_bound,
+            "images": self.images,
+            "accepted": self.accepted,
+            "widths": self.plan.widths(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SearchResult:
+    """Everything that was tried and what was chosen.
+
+    Attributes:
+        candidates: in the order tried.
+        chosen: the smallest accepted one, or the one nearest to the budget if none was.
+        state: its weights.
+        budget_met: whether any candidate was accepted.
+    """
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    state: dict[str, np.ndarray]
+    budget_met: bool
+
+
+OnScore = Callable[[PruningPlan, CandidateScore], None]
+
+
+def search(
+    paths: Mapping[str, SparsityPath],
+    cost: CostModel,
+    job: CandidateJob,
+    budget: Budget,
+    config: PruneConfig,
+    runner: Runner,
+    *,
+    known: Callable[[PruningPlan], CandidateScore | None] = lambda _: None,
+    on_score: OnScore | None = None,
+) -> SearchResult:
+    """Search the budget.
+
+    Args:
+        paths: sparsity path of each group.
+        cost: size of the network for any widths.
+        job: what candidate units read.
+        budget: the user's.
+        config: settings.
+        runner: runs candidates of one round side by side.
+        known: returns the score of a plan from an earlier run on the same inputs.
+        on_score: called with each new score as it comes in.
+
+    Raises:
+        ConfigError: a size budget that even the least widths do not reach.
+    """
+    session = _Session(job, runner, known, on_score)
+    try:
+        if budget.kind == "max_accuracy_drop":
+            problem = allocation_problem(paths, cost, config, config.objective)
+            return _by_accuracy(problem, paths, session, budget.value, config)
+        objective: Objective = "parameters" if budget.kind == "parameters_removed" else "macs"
+        problem = allocation_problem(paths, cost, config, objective)
+        return _by_size(problem, paths, session, budget.value)
+    finally:
+        session.close()
+
+
+def allocation_problem(
+    paths: Mapping[str, SparsityPath], cost: CostModel, config: PruneConfig, objective: Objective
+) -> AllocationProblem:
+    """Predicted losses are the paths' refit errors."""
+    return AllocationProblem(
+        losses={name: path.errors for name, path in paths.items()},
+        minimum={name: min(config.minimum_channels, path.num_channels) for name, path in paths.items()},
+        cost=cost,
+        objective=objective,
+        round_to=config.round_to,
+    )
+
+
+def plan_for_widths(paths: Mapping[str, SparsityPath], widths: Mapping[str, int]) -> PruningPlan:
+    """The plan that keeps each group's best set of its width."""
+    return PruningPlan(
+        groups=tuple(
+            GroupPlan(name=name, num_channels=path.num_channels, kept_channels=path.kept(widths[name]))
+            for name, path in paths.items()
+        )
+    )
+
+
+class _Session:
+    """Scores plans, each once."""
+
+    def __init__(
+        self,
+        job: CandidateJob,
+        runner: Runner,
+        known: Callable[[PruningPlan], CandidateScore | None],
+        on_score: OnScore | None,
+    ) -> None:
+        self._job, self._runner, self._known, self._on_score = job, runner, known, on_score
+        self._handle: Any = None
+        self._scores: dict[str, CandidateScore] = {}
+        self.tried: list[Candidate] = []
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._runner.release(self._handle)
+
+    def score(self, plans: Sequence[PruningPlan], stage: str) -> list[CandidateScore]:
+        """Scores of the plans, from memory, from an earlier run, or computed now."""
+        missing: list[PruningPlan] = []
+        for plan in {plan.digest(): plan for plan in plans}.values():
+            if plan.digest() in self._scores:
+                continue
+            earlier = self._known(plan)
+            if earlier is not None:
+                self._scores[plan.digest()] = earlier
+            else:
+                missing.append(plan)
+        if missing:
+            if self._handle is None:
+                self._handle = self._runner.share(self._job)
+
+            def collect(number: int, score: CandidateScore) -> None:
+                self._scores[missing[number].digest()] = score
+                if self._on_score is not None:
+                    self._on_score(missing[number], score)
+
+            work = [Work(shared=self._handle, item=plan) for plan in missing]
+            self._runner.run(score_candidate, work, stage=stage, on_result=collect)
+        return [self._scores[plan.digest()] for plan in plans]
+
+    def judge(
+        self, problem: AllocationProblem, plan: PruningPlan, score: CandidateScore, fraction: float, number: int
+    ) -> Candidate:
+        """Turn a score into a candidate with its verdict."""
+        stop, count = self._job.stop, len(score.correct)
+        drop = upper = accuracy = None
+        if count:
+            drop, _, upper = stop.bounds(self._job.dense_correct[:count], score.correct)
+            accuracy = 100.0 * float(score.correct.mean())
+        candidate = Candidate(
+            round=number,
+            kept_fraction=fraction,
+            plan=plan,
+            parameters=problem.cost.parameters(plan.widths()),
+            macs=problem.cost.macs(plan.widths()),
+            accuracy=accuracy,
+            accuracy_drop=drop,
+            upper_bound=upper,
+            images=count,
+            accepted=stop.max_drop is None or (upper is not None and upper <= stop.max_drop),
+        )
+        self.tried.append(candidate)
+        return candidate
+
+    def finish(self, chosen: Candidate, budget_met: bool) -> SearchResult:
+        """Result with the chosen candidate's weights."""
+        return SearchResult(
+            candidates=tuple(self.tried),
+            chosen=chosen,
+            state=self._scores[chosen.plan.digest()].state,
+            budget_met=budget_met,
+        )
+
+
+def _by_size(
+    problem: AllocationProblem, paths: Mapping[str, SparsityPath], session: _Session, removed: float
+) -> SearchResult:
+    """One allocation: the size is known without trying."""
+    plan = plan_for_widths(paths, allocate(problem, 1.0 - removed))
+    (score,) = session.score([plan], "assemble")
+    candidate = session.judge(problem, plan, score, 1.0 - removed, 1)
+    return session.finish(replace(candidate, accepted=True), True)
+
+
+def _by_accuracy(
+    problem: AllocationProblem,
+    paths: Mapping[str, SparsityPath],
+    session: _Session,
+    max_drop: float,
+    config: PruneConfig,
+) -> SearchResult:
+    """Narrow a bracket of kept fractions, several candidates per round, on a logarithmic scale."""
+    low, high = _smallest_fraction(problem), 1.0
+    best: Candidate | None = None
+    for number in range(1, config.max_rounds + 1):
+        if high / low <= config.resolution:
+            break
+        inner = np.geomspace(low, high, config.candidates_per_round + 2)[1:-1]
+        plans = [plan_for_widths(paths, allocate(problem, float(fraction))) for fraction in inner]
+        scores = session.score(plans, f"search, round {number}")
+        judged = [
+            session.judge(problem, plan, score, float(fraction), number)
+            for plan, score, fraction in zip(plans, scores, inner, strict=True)
+        ]
+        for candidate in judged:  # ascending size: the bracket's ends are the last refusal below the first acceptance
+            if candidate.accepted:
+                best, high = candidate, candidate.kept_fraction
+                break
+            low = candidate.kept_fraction
+    if best is not None:
+        return session.finish(best, True)
+    nearest = min(session.tried, key=lambda candidate: candidate.upper_bound or 0.0)
+    return session.finish(nearest, False)
+
+
+def _smallest_fraction(problem: AllocationProblem) -> float:
+    dense = problem.cost.evaluate(problem.full(), problem.objective)
+    least = problem.cost.evaluate(problem.smallest(), problem.objective) / dense
+    if least >= 1.0:
+        raise ConfigError("the least widths leave nothing to remove; lower the floor per group.")
+    return max(least * 1.0001, _SMALLEST_FRACTION)

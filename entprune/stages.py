@@ -1,0 +1,350 @@
+"""The stages of a pruning run, each a set of independent units and a cheap step that joins them.
+
+    analyse -> calibrate -> solve -> (search: allocate, assemble, score) -> certify -> measure
+
+Every stage takes a :class:`~entprune.runner.Runner`, so the same code runs in process and on a cluster and gives the same plan.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from entprune.allocation import CostModel, build_cost_model
+from entprune.assembly import RefitConfig, RefitData, assemble, dense_layers
+from entprune.calibration import (
+    LayerStatistics,
+    SamplingPlan,
+    Statistics,
+    collect_statistics,
+    merge_statistics,
+)
+from entprune.config import PruneConfig
+from entprune.errors import ModelError
+from entprune.evaluation import ImageSplit, predict_correct
+from entprune.groups import ChannelGroup, ChannelGroups, find_groups
+from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
+from entprune.plan import PruningPlan, consumer_features
+from entprune.regression import GroupProblem, build_problem
+from entprune.runner import Runner, Work
+
+_EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Network:
+    """The dense network and what analysis found out about it.
+
+    Attributes:
+        model: in eval mode, float32, on the CPU; never changed.
+        groups: its channel groups and what cannot be pruned.
+        refit_layers: layers that assembly re-estimates, in execution order.
+        cost: its size for any widths.
+        input_shape: (C, H, W).
+    """
+
+    model: nn.Module
+    groups: ChannelGroups
+    refit_layers: tuple[str, ...]
+    cost: CostModel
+    input_shape: tuple[int, int, int]
+
+    def consumers(self) -> tuple[str, ...]:
+        """Layers that read a prunable group, in execution order."""
+        read = {piece.layer for group in self.groups.groups for piece in group.consumers}
+        return tuple(layer for layer in self.refit_layers if layer in read)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImageSet:
+    """Some images of a split."""
+
+    split: ImageSplit
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def analyse(model: nn.Module, input_shape: tuple[int, int, int], config: PruneConfig) -> Network:
+    """Find groups and costs on a copy of the network.
+
+    Raises:
+        ModelError: the network cannot be traced, or nothing in it can be pruned.
+    """
+    dense = copy.deepcopy(model).eval().float().cpu()
+    groups = find_groups(dense, torch.zeros(2, *input_shape), keep=config.keep)
+    if not groups.groups:
+        reasons = "; ".join(f"{entry.layer}: {entry.reason}" for entry in groups.unprunable[:4]) or "it has no dense layers"
+        raise ModelError(f"nothing in this network can be pruned ({reasons}); see `entprune inspect`.")
+    return Network(
+        model=dense,
+        groups=groups,
+        refit_layers=dense_layers(dense),
+        cost=build_cost_model(dense, groups, input_shape),
+        input_shape=input_shape,
+    )
+
+
+def sampling_plan(config: PruneConfig, num_images: int) -> SamplingPlan:
+    """Rows per layer for that many calibration images."""
+    return SamplingPlan(
+        num_images=num_images,
+        batch_size=config.batch_size,
+        min_rows=config.min_rows,
+        rows_per_feature=config.rows_per_feature,
+        seed=config.seed,
+    )
+
+
+# --- calibrate ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CalibrationJob:
+    """What every calibration unit reads."""
+
+    network: Network
+    images: ImageSet
+    sampling: SamplingPlan
+    device: str
+
+
+def calibrate(network: Network, images: ImageSet, config: PruneConfig, runner: Runner) -> dict[str, LayerStatistics]:
+    """Run the calibration images through the dense network, shard by shard, and sum the moments in shard order."""
+    sampling = sampling_plan(config, len(images))
+    job = runner.share(CalibrationJob(network=network, images=images, sampling=sampling, device=config.device))
+    work = [Work(shared=job, item=shard) for shard in shards(len(images), config.calibration_shards, config.batch_size)]
+    try:
+        return merge_statistics(runner.run(calibrate_shard, work, stage="calibrate"))
+    finally:
+        runner.release(job)
+
+
+def shards(count: int, parts: int, batch_size: int) -> list[tuple[int, int]]:
+    """Split `count` images into at most `parts` ranges that start at batch boundaries."""
+    batches = -(-count // batch_size)
+    edges = sorted({batches * part // parts * batch_size for part in range(parts)} | {count})
+    return [(start, stop) for start, stop in pairwise(edges) if stop > start]
+
+
+def calibrate_shard(job: CalibrationJob, shard: tuple[int, int]) -> dict[str, LayerStatistics]:
+    """Unit: statistics of one range of the calibration images."""
+    start, stop = shard
+    consumers = job.network.consumers()
+    return collect_statistics(
+        copy.deepcopy(job.network.model).to(job.device),
+        job.images.split,
+        job.images.indices[start:stop],
+        consumers=consumers,
+        others=[layer for layer in job.network.refit_layers if layer not in consumers],
+        sampling=job.sampling,
+        first_image=start,
+        device=job.device,
+    )
+
+
+# --- solve ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SolveJob:
+    """What every solve unit of one group reads."""
+
+    problem: GroupProblem
+    device: str
+
+
+def group_problem(network: Network, group: ChannelGroup, statistics: Statistics) -> GroupProblem:
+    """The scaled regressions of one group."""
+    consumers: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for piece in group.consumers:
+        moments = statistics[piece.layer].moments
+        layer = network.model.get_submodule(piece.layer)
+        if moments is None:
+            raise ModelError(f"layer {piece.layer!r}: expected moments of its inputs, got none; calibrate it as a consumer.")
+        weight = layer.weight.detach().flatten(1).numpy()  # type: ignore[union-attr, operator]
+        consumers[piece.layer] = (moments.covariance(), weight, consumer_features(layer, piece))
+    return build_problem(group.name, group.num_channels, consumers)
+
+
+def solve_group(job: SolveJob, setting: PathSetting) -> SettingPath:
+    """Unit: one continuation of one group."""
+    return solve_setting(job.problem, setting, device=job.device)
+
+
+SolveKey = tuple[str, PathSetting]
+
+
+def solve(
+    network: Network,
+    statistics: Statistics,
+    config: PruneConfig,
+    runner: Runner,
+    *,
+    known: Mapping[SolveKey, SettingPath] | None = None,
+    on_result: Callable[[SolveKey, SettingPath], None] | None = None,
+) -> dict[str, SparsityPath]:
+    """Solve every (group, setting) pair that is not known yet and take the lower envelope of each group.
+
+    Args:
+        known: results of an earlier run on the same inputs.
+        on_result: called with each new result as it comes in.
+    """
+    found: dict[SolveKey, SettingPath] = dict(known or {})
+    keys: list[SolveKey] = []
+    work: list[Work] = []
+    handles: list[Any] = []
+    for group in network.groups.groups:
+        missing = [setting for setting in config.settings if (group.name, setting) not in found]
+        if not missing:
+            continue
+        problem = group_problem(network, group, statistics)
+        handles.append(runner.share(SolveJob(problem=problem, device=config.device)))
+        keys.extend((group.name, setting) for setting in missing)
+        work.extend(Work(shared=handles[-1], item=setting, cost=problem.solve_cost()) for setting in missing)
+
+    def collect(number: int, result: SettingPath) -> None:
+        found[keys[number]] = result
+        if on_result is not None:
+            on_result(keys[number], result)
+
+    try:
+        if work:
+            runner.run(solve_group, work, stage="solve", on_result=collect)
+    finally:
+        for handle in handles:
+            runner.release(handle)
+    return {
+        group.name: lower_envelope(
+            group.name, len(group.consumers), [found[group.name, setting] for setting in config.settings]
+        )
+        for group in network.groups.groups
+    }
+
+
+# --- predictions of one network on many images -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PredictJob:
+    """What every prediction unit reads."""
+
+    model: nn.Module
+    images: ImageSet
+    device: str
+
+
+def predict_range(job: PredictJob, part: tuple[int, int]) -> np.ndarray:
+    """Unit: which images of a range are classified correctly."""
+    return predict_correct(
+        copy.deepcopy(job.model), job.images.split, job.images.indices[slice(*part)], _EVALUATION_BATCH, job.device
+    )
+
+
+def predict(model: nn.Module, images: ImageSet, config: PruneConfig, runner: Runner, *, stage: str) -> np.ndarray:
+    """(n,) bool: which images are classified correctly, computed in fixed ranges."""
+    job = runner.share(PredictJob(model=model, images=images, device=config.device))
+    parts = shards(len(images), 8, _EVALUATION_BATCH)
+    try:
+        return np.concatenate(runner.run(predict_range, [Work(shared=job, item=part) for part in parts], stage=stage))
+    finally:
+        runner.release(job)
+
+
+# --- candidates -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CandidateJob:
+    """What every candidate unit reads.
+
+    Attributes:
+        data: calibration images and dense answers.
+        validation: held-out images, None where nothing is selected on them.
+        dense_correct: (n,) which of them the dense network classifies correctly.
+        stop: decides after each chunk whether the drop is known well enough.
+    """
+
+    network: Network
+    data: RefitData
+    refit: RefitConfig
+    validation: ImageSet | None
+    dense_correct: np.ndarray
+    stop: StopRule
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRule:
+    """Stops scoring a candidate once its accuracy drop is clearly within or clearly beyond the budget.
+
+    Attributes:
+        max_drop: budget in points, None to score every image.
+        quantile: standard normal quantile of the confidence.
+        chunk: images between two looks.
+    """
+
+    max_drop: float | None
+    quantile: float
+    chunk: int = 1024
+
+    def bounds(self, dense_correct: np.ndarray, correct: np.ndarray) -> tuple[float, float, float]:
+        """Mean paired drop in points with its lower and upper confidence bounds."""
+        difference = 100.0 * (dense_correct.astype(np.float64) - correct)
+        mean = float(difference.mean())
+        error = float(difference.std(ddof=1)) / len(difference) ** 0.5 if len(difference) > 1 else float("inf")
+        return mean, mean - self.quantile * error, mean + self.quantile * error
+
+    def is_decided(self, dense_correct: np.ndarray, correct: np.ndarray) -> bool:
+        """Whether looking at more images can hardly change the verdict (twice the usual quantile)."""
+        if self.max_drop is None:
+            return False
+        mean, low, _ = self.bounds(dense_correct, correct)
+        return mean - 2.0 * max(mean - low, 0.0) > self.max_drop
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CandidateScore:
+    """One assembled network and how it did.
+
+    Attributes:
+        state: its weights, name to array.
+        correct: (k,) verdicts on the first k validation images; empty without validation.
+    """
+
+    state: dict[str, np.ndarray]
+    correct: np.ndarray
+
+
+def score_candidate(job: CandidateJob, plan: PruningPlan) -> CandidateScore:
+    """Unit: assemble one plan and classify validation images until the stop rule is satisfied."""
+    smaller = assemble(
+        job.network.model, job.network.groups, plan, data=job.data, config=job.refit, device=job.device
+    )
+    correct = np.zeros(0, dtype=np.bool_)
+    images = job.validation
+    while images is not None and len(correct) < len(images):
+        part = images.indices[len(correct) : len(correct) + job.stop.chunk]
+        answers = predict_correct(smaller, images.split, part, _EVALUATION_BATCH, job.device)
+        correct = np.concatenate([correct, answers])
+        if job.stop.is_decided(job.dense_correct[: len(correct)], correct):
+            break
+    return CandidateScore(state=state_arrays(smaller), correct=correct)
+
+
+def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """State dict as numpy arrays."""
+    return {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
+
+
+def answers_only(statistics: Statistics) -> dict[str, LayerStatistics]:
+    """Statistics without moments: all that assembly needs."""
+    return {layer: LayerStatistics(moments=None, outputs=entry.outputs) for layer, entry in statistics.items()}
