@@ -58,13 +58,15 @@ class ModelCard:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1 or len(self.input_shape) != 3 or min(self.input_shape) < 1:
+        if min(self.num_classes, *self.input_shape) < 1:
             raise ConfigError(
                 "expected num_classes >= 1 and a positive (channels, height, width), "
                 f"got num_classes={self.num_classes} and input_shape={self.input_shape}."
             )
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
-            raise ConfigError(f"expected as many means as positive deviations, got mean={self.mean} and std={self.std}.")
+            raise ConfigError(
+                f"expected as many means as positive deviations, got mean={self.mean} and std={self.std}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -132,7 +134,8 @@ def load_model(directory: Path, *, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         directory: written by :func:`save_model`.
-        model: an unpruned instance of the network, needed where it was not built in or from torchvision; it is not changed.
+        model: an unpruned instance of the network, needed for other networks than built-in ones and torchvision's;
+            it is not changed.
 
     Returns:
         The network in evaluation mode, float32, on the CPU.
@@ -165,9 +168,13 @@ def read_card(directory: Path) -> ModelCard:
 def _check_saveable(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise ArtifactError(f"expected a network of tensors only, got {type(value).__name__} in '{name}'; remove its extra state.")
+            raise ArtifactError(
+                f"expected a network of tensors only, got {type(value).__name__} in '{name}'; remove its extra state."
+            )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ArtifactError(f"expected finite weights, got NaN or infinity in '{name}'; train or prune the network again.")
+            raise ArtifactError(
+                f"expected finite weights, got NaN or infinity in '{name}'; train or prune the network again."
+            )
 
 
 def _read_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -185,7 +192,9 @@ def _read_description(directory: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
-        raise ArtifactError(f"artifact '{directory}': expected a folder with {_DESCRIPTION_NAME}, found none; check the path.") from cause
+        raise ArtifactError(
+            f"artifact '{directory}': expected a folder with {_DESCRIPTION_NAME}, found none; check the path."
+        ) from cause
     except ValueError as cause:  # neither UTF-8 nor JSON
         raise ArtifactError(f"artifact '{directory}': {_DESCRIPTION_NAME} is damaged; save the model again.") from cause
     version = description.get("format_version") if isinstance(description, dict) else None
@@ -195,7 +204,9 @@ def _read_description(directory: Path) -> dict[str, Any]:
             "load it with the version of entprune that wrote it."
         )
     if description.get("sha256") != _description_digest(description):
-        raise ArtifactError(f"artifact '{directory}': {_DESCRIPTION_NAME} does not match its checksum; save the model again.")
+        raise ArtifactError(
+            f"artifact '{directory}': {_DESCRIPTION_NAME} does not match its checksum; save the model again."
+        )
     if not all(isinstance(description.get(key), dict) for key in ("card", "layers", "weights")):
         raise ArtifactError(f"artifact '{directory}': {_DESCRIPTION_NAME} is incomplete; save the model again.")
     return dict(description)
@@ -211,16 +222,23 @@ def _card(directory: Path, description: Mapping[str, Any]) -> ModelCard:
     try:
         return ModelCard.from_dict(description["card"])
     except (KeyError, TypeError, ValueError, ConfigError) as cause:
-        raise ArtifactError(f"artifact '{directory}': its card is incomplete ({cause}); save the model again.") from cause
+        raise ArtifactError(
+            f"artifact '{directory}': its card is incomplete ({cause}); save the model again."
+        ) from cause
 
 
 def _build(directory: Path, card: ModelCard) -> nn.Module:
     """Build the dense network, from names that this package knows only."""
     spec = card.model_spec
     if spec is None or (spec not in MODEL_NAMES and not spec.startswith("torchvision:")):
-        origin = "a network without a specification" if spec is None else f"'{spec}', whose code is not run from a saved file"
+        origin = (
+            "a network without a specification"
+            if spec is None
+            else f"'{spec}', whose code is not run from a saved file"
+        )
         raise ArtifactError(
-            f"artifact '{directory}': it was made from {origin}; build an unpruned instance yourself and pass it as model=."
+            f"artifact '{directory}': it was made from {origin}; "
+            "build an unpruned instance yourself and pass it as model=."
         )
     try:
         return build_model(spec, num_classes=card.num_classes, input_shape=card.input_shape)
@@ -232,12 +250,16 @@ def _narrow(directory: Path, network: nn.Module, layers: Mapping[str, Any]) -> N
     """Give every layer its recorded sizes; parameters are left empty."""
     present = _read_widths(network)
     if set(present) != set(layers):
-        stranger = sorted(set(present) ^ set(layers))[0]
+        stranger = min(set(present) ^ set(layers))
         raise _misfit(directory, f"layer '{stranger}' is in only one of the two")
     for name, recorded in layers.items():
         if recorded == present[name]:
             continue
-        if not isinstance(recorded, dict) or recorded.keys() != present[name].keys() or recorded["type"] != present[name]["type"]:
+        if (
+            not isinstance(recorded, dict)
+            or recorded.keys() != present[name].keys()
+            or recorded["type"] != present[name]["type"]
+        ):
             raise _misfit(directory, f"layer '{name}' is recorded as {recorded}, got {present[name]}")
         sizes = {field: size for field, size in recorded.items() if field != "type"}
         for field, size in sizes.items():
@@ -255,9 +277,7 @@ def _resize(layer: nn.Module, sizes: Mapping[str, int]) -> None:
         layer.weight = _empty(layer.out_features, layer.in_features)
     elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
         _resize_batchnorm(layer)
-        return
-    assert isinstance(layer, (nn.Conv2d, nn.Linear))
-    if layer.bias is not None:
+    if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
         layer.bias = _empty(len(layer.weight))
 
 
@@ -278,7 +298,9 @@ def _read_weights(directory: Path, expected_digest: str | None) -> dict[str, Ten
         raise ArtifactError(f"artifact '{directory}': expected {_WEIGHTS_NAME}, found none; save the model again.")
     try:
         if sha256_file(path) != expected_digest:
-            raise ArtifactError(f"artifact '{directory}': {_WEIGHTS_NAME} does not match its checksum; save the model again.")
+            raise ArtifactError(
+                f"artifact '{directory}': {_WEIGHTS_NAME} does not match its checksum; save the model again."
+            )
         return safetensors.torch.load_file(path, device="cpu")
     except (CheckpointError, SafetensorError, OSError, ValueError) as cause:
         raise ArtifactError(f"artifact '{directory}': {_WEIGHTS_NAME} cannot be read; save the model again.") from cause
@@ -286,5 +308,6 @@ def _read_weights(directory: Path, expected_digest: str | None) -> dict[str, Ten
 
 def _misfit(directory: Path, reason: str) -> ArtifactError:
     return ArtifactError(
-        f"artifact '{directory}': expected the network it was made from, but {reason}; pass an unpruned instance of that network."
+        f"artifact '{directory}': expected the network that it was made from, but {reason}; "
+        "pass an unpruned instance of that network."
     )

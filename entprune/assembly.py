@@ -22,7 +22,7 @@ from entprune.calibration import SamplingPlan, Statistics
 from entprune.errors import ModelError
 from entprune.evaluation import ImageSplit
 from entprune.groups import ChannelGroups, trace
-from entprune.moments import ProductSum, draw_positions, feature_count, read_rows
+from entprune.moments import GramSum, ProductSum, draw_positions, feature_count, read_rows
 from entprune.plan import LayerSelection, PruningPlan, select_layers
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -284,7 +284,7 @@ class _RowFit:
         self._shift = (torch.zeros(num_features, device=device), torch.zeros(num_outputs, device=device))
         self._sum_x = torch.zeros(num_features, dtype=torch.float64, device=device)
         self._sum_y = torch.zeros(num_outputs, dtype=torch.float64, device=device)
-        self._xx = ProductSum(num_features, num_features, device=device)
+        self._xx = GramSum(num_features, device=device)
         self._yx = ProductSum(num_outputs, num_features, device=device)
 
     def update(self, rows: Tensor, answers: Tensor) -> None:
@@ -295,7 +295,7 @@ class _RowFit:
         self._count += rows.shape[0]
         self._sum_x += x.sum(0, dtype=torch.float64)
         self._sum_y += y.sum(0, dtype=torch.float64)
-        self._xx.update(x, x)
+        self._xx.update(x)
         self._yx.update(y, x)
 
     def solve(self, prior: Tensor, relative_ridge: float) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ class PruneConfig:
     min_rows: int = 10_000
     rows_per_feature: float = 2.0
     settings: tuple[PathSetting, ...] = field(
-        default_factory=lambda: (PathSetting(entropy_weight=0.0), PathSetting(entropy_weight=0.3))
+        default_factory=lambda: (PathSetting(entropy_weight=1.0), PathSetting(entropy_weight=0.3))
     )
     objective: Literal["parameters", "macs"] = "parameters"
     minimum_channels: int = 1

@@ -38,9 +38,9 @@ class PathSetting:
         max_drop: largest fraction of the alive channels that may leave after one level.
     """
 
-    entropy_weight: float = 0.0
-    drop_threshold: float = 0.02
-    l2_start: float = 1e-3
+    entropy_weight: float = 1.0
+    drop_threshold: float = 0.3
+    l2_start: float = 0.1
     l2_growth: float = 2.0
     iterations: int = 2
     max_drop: float = 0.3

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from entprune.errors import ConfigError
-from entprune.simplex import entropy, probability_step
+from entprune.simplex import closed_form_probability, entropy, probability_step
 
 _SCALE_FLOOR = 1e-2
 _RELATIVE_RIDGE = 1e-6
@@ -137,15 +137,19 @@ class EntropicState:
 
 
 def initial_state(problem: GroupProblem, *, device: str = "cpu") -> EntropicState:
-    """Uniform probabilities over all channels."""
+    """All channels, with the probabilities that the dense weights imply: the w step at Q = W, the limit of a vanishing L2 weight."""
     grams = [torch.from_numpy(consumer.gram).to(device) for consumer in problem.consumers]
     weights = [torch.from_numpy(consumer.weight).to(device) for consumer in problem.consumers]
     targets = [gram @ weight.T for gram, weight in zip(grams, weights, strict=True)]
     total = sum(float((target * weight.T).double().sum()) for target, weight in zip(targets, weights, strict=True))
-    count = problem.num_channels
+    norm_squared = sum(
+        (weight.double().square().sum(0).reshape(-1, consumer.block).sum(1).cpu()
+         for weight, consumer in zip(weights, problem.consumers, strict=True)),
+        torch.zeros(problem.num_channels, dtype=torch.float64),
+    )  # fmt: skip
     return EntropicState(
-        alive=torch.arange(count),
-        probability=torch.full((count,), 1.0 / count, dtype=torch.float64),
+        alive=torch.arange(problem.num_channels),
+        probability=closed_form_probability(norm_squared),
         grams=grams,
         targets=targets,
         blocks=[consumer.block for consumer in problem.consumers],

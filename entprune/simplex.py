@@ -5,12 +5,12 @@ Axes: c channels. Every function works in float64 and returns float64.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-_BISECTION_STEPS = 80
+_BISECTION_STEPS = 64
+_NEWTON_STEPS = 60
+_ROUNDING = 1e-14
 _TINY = 1e-300
 
 
@@ -23,7 +23,8 @@ def entropy(channel_probability: Tensor) -> Tensor:
     Returns:
         Scalar tensor in [0, log c].
     """
-    return torch.special.entr(channel_probability.double()).sum()
+    terms: Tensor = torch.special.entr(channel_probability.double())
+    return terms.sum()
 
 
 def effective_channels(channel_probability: Tensor) -> float:
@@ -71,17 +72,21 @@ def closed_form_probability(channel_norm_squared: Tensor) -> Tensor:
 
 
 def _tangent_probability(norm_squared: Tensor, slope: Tensor) -> Tensor:
-    """w_c = (s_c^2 / (slope_c + nu))^(1/3) with nu such that w sums to one (stationarity of the majorant)."""
+    """w_c = (s_c^2 / (slope_c + nu))^(1/3) with nu such that w sums to one (stationarity of the majorant).
+
+    nu is counted from its pole, the smallest slope, and bisected on a logarithmic scale: small norms beside large slopes
+    would cancel otherwise.
+    """
+    gap = slope - slope.min()
 
     def candidate(nu: Tensor) -> Tensor:
-        return (norm_squared / (slope + nu)).pow(1.0 / 3.0)
+        return (norm_squared / (gap + nu)).pow(1.0 / 3.0)
 
     # At the lower end the smallest denominator alone makes some w_c >= 1; at the upper end every w_c <= 1/c.
-    count = norm_squared.numel()
-    low = (norm_squared - slope).max()
-    high = (norm_squared * count**3 - slope).max()
+    low = (norm_squared - gap).max()
+    high = (norm_squared * norm_squared.numel() ** 3 - gap).max()
     for _ in range(_BISECTION_STEPS):
-        middle = 0.5 * (low + high)
+        middle = low.sqrt() * high.sqrt()
         if float(candidate(middle).sum()) > 1.0:
             low = middle
         else:
@@ -91,32 +96,30 @@ def _tangent_probability(norm_squared: Tensor, slope: Tensor) -> Tensor:
 
 
 def _convex_probability(norm_squared: Tensor, strength: float) -> Tensor:
-    """Solve -s_c^2 / w_c^3 + strength (log w_c + 1) + nu = 0 for every c, nu such that w sums to one.
+    """Solve -s_c^2 / w_c^3 + strength (log w_c + shift) = 0 for every c, with the shift such that w sums to one.
 
-    With t = 3 (log w_c + 1 + nu / strength) the equation reads t + log t = z: t is Wright's omega function of z.
+    With t = 3 (log w_c + shift) the equation reads t + log t = z: t is Wright's omega function of z, and
+    w_c^3 = 3 s_c^2 / (strength t) gives log w_c without subtracting the shift again.
     """
-
-    def log_candidate(nu: float) -> Tensor:
-        shift = 1.0 + nu / strength
-        return _wright_omega((3.0 * norm_squared / strength).log() + 3.0 * shift) / 3.0 - shift
-
-    # Upper end: every w_c <= 1 / count because the derivative at 1 / count is then positive for every channel.
-    count = norm_squared.numel()
-    low = -strength - 1.0
-    high = float(norm_squared.max()) * count**3 + strength * (math.log(count) + 1.0) + 1.0
-    for _ in range(_BISECTION_STEPS):
-        middle = 0.5 * (low + high)
-        if float(torch.logsumexp(log_candidate(middle), 0)) > 0.0:
-            low = middle
-        else:
-            high = middle
-    return torch.softmax(log_candidate(high), 0)
+    log_ratio = (3.0 * norm_squared / strength).log()
+    # Where the largest norm alone has w_c = 1 the sum is at least one; its logarithm is convex and falls with the shift, so
+    # Newton's method approaches the root from this side without passing it.
+    shift = float(norm_squared.max()) / strength
+    for _ in range(_NEWTON_STEPS):
+        log_t = _log_wright_omega(log_ratio + 3.0 * shift)
+        log_probability = (log_ratio - log_t) / 3.0
+        probability = torch.softmax(log_probability, 0)
+        excess = float(torch.logsumexp(log_probability, 0))
+        if excess <= _ROUNDING:
+            break
+        shift += excess / float((probability / (1.0 + log_t.exp())).sum())
+    return probability
 
 
-def _wright_omega(z: Tensor) -> Tensor:
-    """Solution t > 0 of t + log t = z, by Newton's method on log t (large negative z) or t (otherwise)."""
+def _log_wright_omega(z: Tensor) -> Tensor:
+    """Logarithm of the solution t > 0 of t + log t = z, by Newton's method on v = log t."""
     log_t = torch.where(z > 1.0, z.clamp_min(1.0).log(), z.clamp_max(1.0) - 0.5)
-    for _ in range(8):  # e^v + v = z in v = log t: convex, so Newton converges from everywhere
+    for _ in range(6):  # e^v + v = z: convex, so Newton converges from everywhere
         exponential = log_t.exp()
         log_t = log_t - (exponential + log_t - z) / (exponential + 1.0)
-    return log_t.exp()
+    return log_t

@@ -307,8 +307,9 @@ class StopRule:
         """Whether looking at more images can hardly change the verdict (twice the usual quantile)."""
         if self.max_drop is None:
             return False
-        mean, low, _ = self.bounds(dense_correct, correct)
-        return mean - 2.0 * max(mean - low, 0.0) > self.max_drop
+        mean, _, high = self.bounds(dense_correct, correct)
+        margin = 2.0 * (high - mean)
+        return mean - margin > self.max_drop or mean + margin < self.max_drop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

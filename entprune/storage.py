@@ -64,14 +64,18 @@ def read_bundle(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 -- it is not a mapping
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as cause:
         problem = "found none" if not path.is_file() else "but it is damaged or cut off"
-        raise ArtifactError(f"'{path}': expected a stored result, {problem}; delete it and run the stage again.") from cause
+        raise ArtifactError(
+            f"'{path}': expected a stored result, {problem}; delete it and run the stage again."
+        ) from cause
     if metadata.get("bundle_version") != _BUNDLE_VERSION or not {"content", "sha256"} <= set(metadata):
         raise ArtifactError(
             f"'{path}': expected a stored result of version {_BUNDLE_VERSION}, got "
             f"{metadata.get('bundle_version', 'a file of another origin')}; delete it and run the stage again."
         )
     if _digest(arrays, metadata["content"]) != metadata["sha256"]:
-        raise ArtifactError(f"'{path}': expected the checksum of its header, got another; delete it and run the stage again.")
+        raise ArtifactError(
+            f"'{path}': expected the checksum of its header, got another; delete it and run the stage again."
+        )
     return arrays, json.loads(metadata["content"])
 
 
@@ -209,7 +213,8 @@ def _checked_kind(path: Path, content: Mapping[str, Any], kind: str) -> Iterator
         yield
     except (KeyError, TypeError, ConfigError) as cause:
         raise ArtifactError(
-            f"'{path}': expected a stored {kind} of this version of entprune, got other fields ({cause}); run the stage again."
+            f"'{path}': expected a stored {kind} of this version of entprune, got other fields ({cause}); "
+            "run the stage again."
         ) from cause
 
 
@@ -225,7 +230,7 @@ def _digest(arrays: Mapping[str, np.ndarray], content: str) -> str:
     layout = [[name, arrays[name].dtype.name, list(arrays[name].shape)] for name in names]
     digest = hashlib.sha256(json.dumps([content, layout]).encode())
     for name in names:
-        digest.update(arrays[name].reshape(-1).view(np.uint8))
+        digest.update(arrays[name].reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -269,7 +274,8 @@ def _check_replaceable(final: Path, marker: str | None) -> None:
         return
     if any(final.iterdir()):
         raise OutputError(
-            f"'{final}': expected an empty folder or an older one with {marker}, got other files; choose another folder."
+            f"'{final}': expected an empty folder or an older one with {marker}, got other files; "
+            "choose another folder."
         )
 
 

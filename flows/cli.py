@@ -1,0 +1,481 @@
+"""The command line: `entprune prune | train | evaluate | inspect`.
+
+Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: a failure that is not the
+user's; 2: something that the user can mend, in one sentence; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from entprune.datasets import ImageData
+    from entprune.stages import Network
+    from flows.tables import GroupRow
+
+app = typer.Typer(
+    name="entprune",
+    help="Shrink pretrained convolutional networks: a checkpoint, data and a budget go in, a smaller network and its "
+    "evidence come out.",
+    epilog="[bold]Try it[/bold]  entprune train --model digits_cnn --data digits --output dense.safetensors",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="SPEC",
+        help="lenet, vgg16_cifar, resnet18_cifar, resnet20_cifar .. resnet56_cifar, digits_cnn, torchvision:NAME, or "
+        "package.module:factory.",
+    ),
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="digits, mnist, fashion_mnist, cifar10, cifar100, npz:FILE, imagefolder:DIR, or package.module:factory.",
+    ),
+]
+DataRootOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of mnist and the like, downloaded there if missing.")
+]
+MeanOption = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Mean per channel that the network was trained with.")
+]
+StdOption = Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation per channel, likewise.")]
+DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the heavy work runs.")]
+SeedOption = Annotated[int, typer.Option(help="Of every random choice.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the engines' logs and full tracebacks.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_run(given))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        code = app(arguments, prog_name="entprune", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:  # noqa: BLE001 -- the outermost frame: whatever happened becomes one sentence
+        return _explain(error, is_verbose="--verbose" in arguments)
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: Exception, *, is_verbose: bool) -> int:
+    """Print one sentence about an error and return the exit code."""
+    if is_verbose:
+        traceback.print_exception(error)
+    if hasattr(error, "format_message"):  # a usage error
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "entprune"
+        _print_error(f"{error.format_message().rstrip('.')}; see `{command} --help`.")
+        return 2
+    mendable = _find_mendable(error)
+    if mendable is not None:
+        _print_error(str(mendable))
+        return 2
+    hint = "" if is_verbose else "; run again with --verbose for the traceback"
+    _print_error(f"unexpected {type(error).__name__}: {str(error).rstrip('.') or 'no message'}{hint}.")
+    return 1
+
+
+def _find_mendable(error: BaseException) -> BaseException | None:
+    """The user's error in a chain of causes: an engine may have wrapped it."""
+    errors = sys.modules.get("entprune.errors")
+    link: BaseException | None = error
+    while errors is not None and link is not None:
+        if isinstance(link, errors.EntpruneError):
+            return link
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def _print_error(sentence: str) -> None:
+    print(f"entprune: error: {' '.join(sentence.split())}", file=sys.stderr)  # noqa: T201 -- unwrapped, for scripts
+
+
+# --- prune ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+Lose at most half an accuracy point, and be as small as that allows:
+
+[cyan]entprune prune --model lenet --checkpoint lenet.pt --data mnist \\
+  --max-accuracy-drop 0.5 --output runs/lenet[/cyan]
+
+Remove 60 % of the multiply-accumulates, fine-tune, and register the result:
+
+[cyan]entprune prune --model torchvision:resnet18 --checkpoint r18.pt \\
+  --data imagefolder:flowers --macs-removed 0.6 --finetune-epochs 5 \\
+  --register flowers --output runs/flowers[/cyan]
+
+Work on a Ray cluster, two workers on each GPU, and leave the first layer alone:
+
+[cyan]entprune prune --model vgg16_cifar --checkpoint vgg.pt --data cifar10 \\
+  --parameters-removed 0.8 --ray-address ray://head:10001 --device cuda \\
+  --gpus-per-worker 0.5 --keep features.0 --output runs/vgg[/cyan]"""
+)
+def prune(
+    *,
+    model: ModelOption,
+    checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Trained parameters: .pt, .pth or .safetensors.")],
+    data: DataOption,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the report and the smaller network.")],
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="Smallest network that loses at most so many points.")
+    ] = None,
+    parameters_removed: Annotated[
+        float | None, typer.Option(metavar="FRACTION", help="Remove this fraction of the parameters.")
+    ] = None,
+    macs_removed: Annotated[
+        float | None, typer.Option(metavar="FRACTION", help="Remove this fraction of the multiply-accumulates.")
+    ] = None,
+    data_root: DataRootOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    finetune_epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of distillation afterwards.")] = 0,
+    calibration_samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Training images that the statistics are taken from.")
+    ] = None,
+    validation_samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Further training images that candidates are compared on.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Parallel workers; all cores by default.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(metavar="X", help="GPUs each worker reserves; may be 0.5.")] = 0.0,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster to use; this machine by default.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    register: Annotated[str | None, typer.Option(metavar="NAME", help="Register the result in MLflow.")] = None,
+    seed: SeedOption = 0,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Layers that must not change; may be repeated.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where intermediate results are kept for the next run.")
+    ] = None,
+    verbose: VerboseOption = False,
+) -> int:
+    """Prune a network to a budget and write the smaller one with its evidence.
+
+    Give exactly one of --max-accuracy-drop, --parameters-removed and --macs-removed.
+    """
+    options = {
+        "model": model, "checkpoint": checkpoint, "data": data, "data_root": data_root,
+        "mean": _numbers("mean", mean), "std": _numbers("std", std), "max_accuracy_drop": max_accuracy_drop,
+        "parameters_removed": parameters_removed, "macs_removed": macs_removed, "finetune_epochs": finetune_epochs,
+        "calibration_samples": calibration_samples, "validation_samples": validation_samples, "workers": workers,
+        "gpus_per_worker": gpus_per_worker, "ray_address": ray_address, "device": device, "register": register,
+        "seed": seed, "keep": tuple(keep or ()), "output": output, "cache_dir": cache_dir,
+    }  # fmt: skip
+    return _prune({name: value for name, value in options.items() if value is not None}, is_verbose=verbose)
+
+
+def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
+    from flows.environment import set_defaults
+
+    if is_verbose:
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+    set_defaults()
+    from flows.parameters import parse_parameters
+    from flows.preflight import hand_over, preflight
+    from flows.progress_bar import RichReporter
+
+    parameters = parse_parameters(options)
+    with RichReporter() as reporter:
+        reporter.started("check the input")
+        inputs = preflight(parameters)
+        from flows.prune_model import prune_model  # starts what it needs only now: bad input has been refused
+        from tasks.progress import report_to
+
+        with hand_over(parameters, inputs), report_to(reporter):
+            report = prune_model(parameters)
+    _show_result(report, parameters.output, parameters.register)
+    return 0 if report["certificate"]["passed"] else 1
+
+
+def _show_result(report: dict[str, Any], output: Path, register: str | None) -> None:
+    from flows.tables import result_table
+
+    console = Console(highlight=False)
+    console.print()
+    console.print(result_table(report))
+    lineage = report.get("lineage", {})
+    lines = [("report", str(output / "report.html")), ("model", str(output / "model"))]
+    lines.append(("load", f'entprune.load("{output / "model"}")'))
+    if register is not None and lineage.get("registered_version") is not None:
+        lines.append(("registered", f"models:/{register}/{lineage['registered_version']}"))
+    for title, text in lines:
+        console.print(f"[bold]{title:<11}[/bold]{escape(text)}", soft_wrap=True)
+    for warning in report.get("warnings", ()):
+        Console(stderr=True, highlight=False).print(
+            f"[yellow]note[/yellow]       {escape(str(warning))}", soft_wrap=True
+        )
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+Train a small network on the digits that come with scikit-learn, in seconds:
+
+[cyan]entprune train --model digits_cnn --data digits --output dense.safetensors[/cyan]
+
+Train a ResNet on a GPU:
+
+[cyan]entprune train --model resnet20_cifar --data cifar10 --epochs 60 \\
+  --device cuda --output resnet20.pt[/cyan]"""
+)
+def train(
+    *,
+    model: ModelOption,
+    data: DataOption,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Checkpoint to write: .safetensors or .pt.")],
+    data_root: DataRootOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the training images.")] = None,
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
+) -> int:
+    """Train a network by a plain, good recipe, for those who have no checkpoint yet."""
+    from entprune.checkpoints import save_state
+    from entprune.datasets import load_data
+    from entprune.errors import CheckpointError
+    from entprune.models import build_model
+    from entprune.training import TrainConfig
+    from entprune.training import train as train_network
+    from flows.preflight import check_output_file
+    from flows.progress_bar import RichReporter
+
+    config = TrainConfig(device=device, seed=seed)
+    if epochs is not None:
+        config = replace(config, epochs=epochs)
+    if output.suffix not in {".safetensors", ".pt"}:
+        raise CheckpointError(
+            f"output '{output}': expected a name ending in .safetensors or .pt, got '{output.suffix}'."
+        )
+    check_output_file(output)
+    images = load_data(data, root=data_root, mean=_numbers("mean", mean), std=_numbers("std", std))
+    network = build_model(model, num_classes=images.num_classes, input_shape=images.input_shape, seed=seed)
+    with RichReporter() as reporter:
+        result = train_network(
+            network, images, config, lambda done, total, text: reporter.advanced("train", text, done, total)
+        )
+    save_state(result.model, output)
+    console = Console(highlight=False)
+    console.print(f"[bold]test accuracy[/bold]  {result.accuracy:.2f} %")
+    console.print(f"[bold]checkpoint[/bold]     {escape(str(output))}", soft_wrap=True)
+    return 0
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+Measure the network that a run wrote:
+
+[cyan]entprune evaluate runs/lenet --data mnist --data-root data[/cyan]
+
+Measure the version that was registered last:
+
+[cyan]entprune evaluate models:/flowers@challenger --data imagefolder:flowers[/cyan]"""
+)
+def evaluate(
+    *,
+    source: Annotated[
+        str, typer.Argument(metavar="DIR|models:/NAME@ALIAS", help="Folder of a run or model, or a registered version.")
+    ],
+    data: DataOption,
+    data_root: DataRootOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: DeviceOption = "cpu",
+    verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
+) -> int:
+    """Measure a pruned network on the test images: accuracy, size, speed.
+
+    Images are normalised as the network was trained unless --mean and --std say otherwise.
+    """
+    from entprune.evaluation import measure
+    from flows.tables import evaluation_table
+
+    network, card = _load_network(source)
+    images = _load_matching_data(data, data_root, _numbers("mean", mean), _numbers("std", std), card)
+    measured = measure(network, images.test, images.input_shape, device=device)
+    Console(highlight=False).print(
+        evaluation_table(
+            source,
+            accuracy=measured.accuracy,
+            parameters=measured.parameters,
+            macs=measured.macs,
+            latency_ms=measured.latency_ms,
+            num_images=len(images.test),
+        )
+    )
+    return 0
+
+
+def _load_network(source: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A network from a folder or the registry, and what is known about how to feed it."""
+    if source.startswith("models:/"):
+        from tasks import tracking
+
+        return tracking.load_registered(source)
+    from entprune.artifact import load_model, read_card
+
+    folder = Path(source)
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    return load_model(folder), read_card(folder).to_dict()
+
+
+def _load_matching_data(
+    spec: str, root: Path | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, card: dict[str, Any]
+) -> ImageData:
+    """Data in the form that a network expects, as far as that was recorded."""
+    from entprune.datasets import load_data
+    from entprune.errors import DataError
+
+    mean, std = mean or tuple(card.get("mean") or ()) or None, std or tuple(card.get("std") or ()) or None
+    shape = tuple(card.get("input_shape") or ())
+    image_size = shape[1] if shape and spec.startswith("imagefolder:") else None
+    images = load_data(spec, root=root, mean=mean, std=std, image_size=image_size)
+    num_classes = card.get("num_classes") or images.num_classes
+    if (shape and shape != tuple(images.input_shape)) or num_classes < images.num_classes:
+        raise DataError(
+            f"data '{spec}': expected images {shape or images.input_shape} of at most {num_classes} classes, as the "
+            f"network was trained on, got {images.input_shape} and {images.num_classes}; give the data it was made for."
+        )
+    return images
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+[cyan]entprune inspect --model vgg16_cifar[/cyan]
+
+[cyan]entprune inspect --model torchvision:resnet50[/cyan]
+
+[cyan]entprune inspect --model my_package.networks:build --input-shape 1,64,64 \\
+  --checkpoint trained.pt[/cyan]"""
+)
+def inspect(
+    *,
+    model: ModelOption,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Check that it fits, too.")] = None,
+    input_shape: Annotated[
+        str | None, typer.Option(metavar="C,H,W", help="Of one image; the built-in networks know theirs.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(metavar="N", help="10, or 1000 for torchvision's.")] = None,
+    verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
+) -> int:
+    """Show what can be pruned in a network, and why the rest cannot.
+
+    Fails if nothing can be pruned.
+    """
+    from entprune.checkpoints import load_checkpoint
+    from entprune.config import PruneConfig
+    from entprune.models import build_model
+    from entprune.stages import analyse
+    from flows.tables import group_table, unprunable_table
+
+    shape = _shape(input_shape) if input_shape is not None else _usual_shape(model)
+    classes = num_classes or (1000 if model.startswith("torchvision:") else 10)
+    network = build_model(model, num_classes=classes, input_shape=shape)
+    if checkpoint is not None:
+        load_checkpoint(network, checkpoint)
+    analysed = analyse(network, shape, PruneConfig())
+    console = Console(highlight=False)
+    console.print(group_table(_group_rows(analysed)))
+    console.print(unprunable_table([(entry.layer, entry.reason) for entry in analysed.groups.unprunable]))
+    return 0
+
+
+def _group_rows(network: Network) -> list[GroupRow]:
+    from flows.tables import GroupRow
+
+    widths = {group.name: group.num_channels for group in network.groups.groups}
+    totals = {"parameters": network.cost.parameters(widths), "macs": network.cost.macs(widths)}
+    rows = []
+    for group in network.groups.groups:
+        shares: dict[str, float] = {}
+        for objective in ("parameters", "macs"):
+            cost = network.cost.along(group.name, widths, group.num_channels, objective)
+            shares[objective] = float(cost[-1] - cost[0]) / totals[objective]
+        rows.append(
+            GroupRow(
+                name=group.name,
+                channels=group.num_channels,
+                producers=[piece.layer for piece in group.producers],
+                consumers=[piece.layer for piece in group.consumers],
+                **shares,
+            )
+        )
+    return rows
+
+
+def _usual_shape(model: str) -> tuple[int, int, int]:
+    known = {"lenet": (1, 28, 28), "digits_cnn": (1, 8, 8)}
+    return known.get(model, (3, 224, 224) if model.startswith("torchvision:") else (3, 32, 32))
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Read `0.49,0.48,0.45`."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected numbers such as 0.49,0.48,0.45, got '{text}'", param_hint=f"--{option}"
+        ) from None
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    """Read `3,224,224`."""
+    try:
+        channels, height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected channels, height and width such as 3,224,224, got '{text}'", param_hint="--input-shape"
+        ) from None
+    return channels, height, width
+
+
+if __name__ == "__main__":
+    main()

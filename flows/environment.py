@@ -1,0 +1,55 @@
+"""What a run takes from its surroundings and the defaults that it sets there, all in one place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import entprune
+
+_DEFAULTS = {
+    # Nothing that runs from here reports home.
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Errors reach the caller as exceptions: the engine need not print them a second time.
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "entprune.run",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine takes longer than the usual 20
+    # Workers without a GPU of their own see none, as Ray will have it from its next major version on.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+}
+
+
+def set_defaults() -> None:
+    """Set what the user has not set; before Prefect is imported, which reads its settings then."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def cluster_address(given: str | None) -> str | None:
+    """The cluster to join: the one asked for, else RAY_ADDRESS, else none."""
+    address = given or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
+
+
+def cache_folder(given: Path | None) -> Path:
+    """Where stages' results are kept: the folder asked for, else `.entprune` in the current one."""
+    return (Path(".entprune") if given is None else Path(given)).absolute()
+
+
+def code_version() -> str:
+    """Version of the package, with the commit where it runs from a checkout of its own."""
+    version = entprune.__version__
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return version
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 -- fixed arguments
+    except (OSError, subprocess.SubprocessError):
+        return version
+    return f"{version}+{done.stdout.strip()}"

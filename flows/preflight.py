@@ -1,0 +1,123 @@
+"""What can be wrong with the input is found here, within seconds and before any engine is started."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from entprune.checkpoints import load_checkpoint, sha256_file
+from entprune.datasets import ImageData, load_data
+from entprune.errors import OutputError
+from entprune.evaluation import resolve_device
+from entprune.models import build_model
+from entprune.stages import Network, analyse
+from flows.environment import cluster_address
+from flows.parameters import PruneParameters
+
+REPORT_NAME = "report.json"  # marks a folder as the result of an earlier run, which may be replaced
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LoadedInputs:
+    """What a pruning run works on, loaded and checked.
+
+    Attributes:
+        model: dense network with the checkpoint's parameters, in eval mode on the CPU.
+        data: images and labels.
+        checkpoint_sha256: of the checkpoint file.
+        network: the same network, analysed: its groups and what it costs.
+    """
+
+    model: nn.Module
+    data: ImageData
+    checkpoint_sha256: str
+    network: Network
+
+
+_handed_over: ContextVar[tuple[PruneParameters, LoadedInputs] | None] = ContextVar("handed_over", default=None)
+
+
+def preflight(parameters: PruneParameters) -> LoadedInputs:
+    """Check everything that can be checked without an engine, cheap things first, and return what was loaded.
+
+    Nothing is written. Within :func:`hand_over` the inputs that were loaded before are returned.
+
+    Raises:
+        ConfigError, OutputError, ModelError, DataError, CheckpointError: an input is unusable.
+    """
+    handed_over = _handed_over.get()
+    if handed_over is not None and handed_over[0] == parameters:
+        return handed_over[1]
+    config = parameters.config()
+    parameters.budget()
+    check_output_folder(parameters.output)
+    if cluster_address(parameters.ray_address) is None:
+        resolve_device(parameters.device)  # on a cluster the workers' devices count, not this machine's
+    checkpoint_sha256 = sha256_file(parameters.checkpoint)
+    data = load_data(parameters.data, root=parameters.data_root, mean=parameters.mean, std=parameters.std)
+    model = build_model(parameters.model, num_classes=data.num_classes, input_shape=data.input_shape)
+    load_checkpoint(model, parameters.checkpoint)
+    return LoadedInputs(
+        model=model,
+        data=data,
+        checkpoint_sha256=checkpoint_sha256,
+        network=analyse(model, data.input_shape, config),
+    )
+
+
+@contextmanager
+def hand_over(parameters: PruneParameters, inputs: LoadedInputs) -> Iterator[None]:
+    """Let :func:`preflight` of the same parameters return these inputs, so that they are loaded once."""
+    token = _handed_over.set((parameters, inputs))
+    try:
+        yield
+    finally:
+        _handed_over.reset(token)
+
+
+def check_output_folder(folder: Path) -> None:
+    """Require that a run may write there, without writing.
+
+    Raises:
+        OutputError: it is a file, lies below one, cannot be written, or holds files of another origin.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_NAME).is_file():
+        raise OutputError(
+            f"output '{folder}': expected a new or empty folder, or the result of an earlier run, got other files; "
+            "choose another folder."
+        )
+    _check_writable(folder, folder)
+
+
+def check_output_file(path: Path) -> None:
+    """Require that a file may be written there, without writing.
+
+    Raises:
+        OutputError: it is a folder, lies below a file, or its folder cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise OutputError(f"output '{path}': expected the name of a file, got a folder; add a file name.")
+    _check_writable(path, path.parent)
+
+
+def _check_writable(output: Path, folder: Path) -> None:
+    """Try the nearest folder that exists: permission bits alone do not tell about a read-only file system."""
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        raise OutputError(f"output '{output}': expected a folder at '{existing}', got a file; choose another folder.")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as cause:
+        raise OutputError(
+            f"output '{output}': '{existing}' cannot be written ({cause.strerror}); choose another folder."
+        ) from cause

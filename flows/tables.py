@@ -1,0 +1,116 @@
+"""What the command line prints: result tables from plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+_MISSING = "-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupRow:
+    """One channel group and what depends on it.
+
+    Attributes:
+        name: of the group.
+        channels: its width.
+        producers, consumers: layers that write and read it.
+        parameters, macs: fraction of the network's that scale with its width; those of neighbouring groups overlap.
+    """
+
+    name: str
+    channels: int
+    producers: Sequence[str]
+    consumers: Sequence[str]
+    parameters: float
+    macs: float
+
+
+def result_table(report: Mapping[str, Any]) -> Table:
+    """Dense, one-shot and fine-tuned network side by side, from the content of report.json."""
+    columns = [("dense", report["dense"]), ("one-shot", report["one_shot"]), ("fine-tuned", report.get("fine_tuned"))]
+    columns = [(title, figures) for title, figures in columns if figures is not None]
+    table = Table(title="Result", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for title, _ in columns:
+        table.add_column(title, justify="right")
+    rows = {
+        "test accuracy": lambda figures: _percent(figures["accuracy"]),
+        "accuracy drop": lambda figures: _points(figures.get("accuracy_drop")),
+        "parameters": lambda figures: _size(figures["parameters"], figures.get("parameters_removed")),
+        "MACs": lambda figures: _size(figures["macs"], figures.get("macs_removed")),
+        "latency, batch 1": lambda figures: _milliseconds(figures["latency_ms"].get("1")),
+        "latency, batch 64": lambda figures: _milliseconds(figures["latency_ms"].get("64")),
+    }
+    for title, cell in rows.items():
+        table.add_row(title, *(cell(figures) for _, figures in columns))
+    table.add_row("certificate", _MISSING, *[certificate_text(report["certificate"])] * (len(columns) > 1))
+    return table
+
+
+def certificate_text(certificate: Mapping[str, Any]) -> str:
+    """Verdict and difference in a few characters."""
+    verdict = "[green]passed[/green]" if certificate["passed"] else "[red]failed[/red]"
+    return f"{verdict} ({certificate['max_abs_difference']:.1e})"
+
+
+def evaluation_table(
+    title: str, *, accuracy: float, parameters: int, macs: int, latency_ms: Mapping[str, float], num_images: int
+) -> Table:
+    """One network's figures."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False)
+    table.add_row(f"accuracy on {num_images:,} test images", _percent(accuracy))
+    table.add_row("parameters", f"{parameters:,}")
+    table.add_row("MACs", f"{macs:,}")
+    for batch, value in latency_ms.items():
+        table.add_row(f"latency, batch {batch}", _milliseconds(value))
+    return table
+
+
+def group_table(rows: Sequence[GroupRow]) -> Table:
+    """Channel groups in execution order."""
+    has_more_producers = any(len(row.producers) > 1 for row in rows)
+    table = Table(title="Channel groups", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for title in ("group", *["also written by"] * has_more_producers, "read by"):
+        table.add_column(title, overflow="fold")
+    for title in ("channels", "parameters", "MACs"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        others = ["\n".join(name for name in row.producers if name != row.name)] * has_more_producers
+        shares = (f"{row.parameters:.1%}", f"{row.macs:.1%}")
+        table.add_row(row.name, *others, "\n".join(row.consumers), str(row.channels), *shares)
+    table.caption = "Named after the first layer that writes it. Parameters, MACs: share\n"
+    table.caption += "that scales with its width; neighbours overlap."
+    table.caption_justify = "left"
+    return table
+
+
+def unprunable_table(entries: Sequence[tuple[str, str]]) -> Table:
+    """Layers whose outputs stay, each with its reason."""
+    table = Table(title="Left alone", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("layer", overflow="fold")
+    table.add_column("reason", overflow="fold")
+    for layer, reason in entries:
+        table.add_row(layer, reason)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.2f} %"
+
+
+def _points(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:+.2f}"
+
+
+def _size(value: int, removed: float | None) -> str:
+    return f"{value:,}" if removed is None else f"{value:,} (−{100 * removed:.1f} %)"
+
+
+def _milliseconds(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.2f} ms"

@@ -1,0 +1,258 @@
+"""Ray actors that run the library's units, and the runner that hands them out. No mathematics here.
+
+A worker keeps the values that its units share (the model replica among them), so that each is rebuilt once per worker;
+arrays inside them lie once per node in the object store and are read in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+import warnings
+from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
+from typing import Any, Self
+
+import ray
+import torch
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+
+from entprune.errors import EngineError, EntpruneError
+from entprune.runner import OnResult, Progress, Unit, Work, largest_first
+from tasks.cluster import Cluster
+
+_logger = logging.getLogger(__name__)
+
+_HELD_VALUES = 4
+_MAX_DEATHS = 3
+_START_SECONDS = 300.0
+
+
+class Worker:
+    """Runs units in a process of its own.
+
+    Args:
+        threads: of torch; equal everywhere, so that results do not depend on the machine.
+    """
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        # Shared arrays are read-only on purpose; nothing writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+        self._held: OrderedDict[str, Any] = OrderedDict()
+
+    def ready(self) -> bool:
+        """Answer once the process is up."""
+        return True
+
+    def run(self, unit: Unit, key: str, reference: list[Any], item: Any) -> Any:
+        """Run one unit; the reference comes in a list, or Ray would rebuild the shared value for each call."""
+        return unit(self._value(key, reference), item)
+
+    def forget(self, key: str) -> None:
+        """Let go of a shared value."""
+        self._held.pop(key, None)
+
+    def _value(self, key: str, reference: list[Any]) -> Any:
+        if key not in self._held:
+            while len(self._held) >= _HELD_VALUES:
+                self._held.popitem(last=False)
+            self._held[key] = ray.get(reference[0])
+        self._held.move_to_end(key)
+        return self._held[key]
+
+
+class SharedValue:
+    """Handle of a value in the object store."""
+
+    def __init__(self, reference: Any) -> None:
+        self.key = uuid.uuid4().hex
+        self.reference: Any = reference
+
+
+class _Pool:
+    """Actors of one shape: idle, busy, or still starting."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        shape = cluster.shape
+        self._actor_class = ray.remote(Worker).options(
+            num_cpus=shape.threads, num_gpus=shape.gpus, scheduling_strategy="SPREAD"
+        )
+        self._cluster = cluster
+        self._failed_starts = 0
+        self.idle: list[Any] = []
+        self.starting: dict[Any, Any] = {}  # reference of the answer -> actor
+        self.busy: dict[Any, tuple[Any, int]] = {}  # reference of the result -> actor, number of the unit
+        for _ in range(cluster.workers):
+            self.start()
+
+    def start(self) -> None:
+        actor = self._actor_class.remote(self._cluster.shape.threads)
+        self.starting[actor.ready.remote()] = actor
+
+    def wait(self, stage: str) -> list[Any]:
+        """References of the results that came in; workers that became ready join the idle ones."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            ready, _ = ray.wait([*self.busy, *self.starting], num_returns=1, timeout=10.0)
+            finished = [reference for reference in ready if reference in self.busy]
+            for reference in ready:
+                if reference in self.starting:
+                    self._join(reference)
+            if finished or self.idle:
+                return finished
+            if not self.busy and time.monotonic() > deadline:
+                raise EngineError(
+                    f"stage '{stage}': no worker of {self._cluster.shape.describe()} could be placed within "
+                    f"{_START_SECONDS:g} s; free are {_free_resources()}; wait for the cluster or ask for less."
+                )
+
+    def _join(self, reference: Any) -> None:
+        actor = self.starting.pop(reference)
+        try:
+            ray.get(reference)
+        except RayError as cause:
+            self._failed_starts += 1
+            if self._failed_starts > _MAX_DEATHS:
+                raise EngineError(f"workers fail to start ({_reason(cause)}); see Ray's logs on that node.") from cause
+            self.start()
+        else:
+            self._failed_starts = 0
+            self.idle.append(actor)
+
+    def restart_busy(self) -> None:
+        """Stop what is running and replace the workers that ran it."""
+        for actor, _ in self.busy.values():
+            ray.kill(actor)
+            self.start()
+        self.busy.clear()
+
+    def actors(self) -> list[Any]:
+        return [*self.idle, *self.starting.values(), *(actor for actor, _ in self.busy.values())]
+
+
+class RayRunner:
+    """Runs units on a pool of actors; each takes the largest unit left as soon as it is free.
+
+    Args:
+        cluster: what to run on; it must stay connected.
+        progress: called after each unit.
+    """
+
+    def __init__(self, cluster: Cluster, *, progress: Progress | None = None) -> None:
+        self._pool = _Pool(cluster)
+        self._progress = progress
+        self.units_run: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers."""
+        for actor in self._pool.actors():
+            ray.kill(actor)
+
+    def share(self, value: Any) -> SharedValue:
+        """Put a value into the object store, once for all workers."""
+        return SharedValue(ray.put(value))
+
+    def release(self, handle: SharedValue) -> None:
+        """Let go of the value, here and in every worker."""
+        handle.reference = None
+        for actor in self._pool.actors():
+            actor.forget.remote(handle.key)
+
+    def run(self, unit: Unit, work: Sequence[Work], *, stage: str, on_result: OnResult | None = None) -> list[Any]:
+        """Run all work.
+
+        Raises:
+            EntpruneError: a unit raised it.
+            EngineError: a unit's worker died four times, or no worker could be placed.
+        """
+        results: list[Any] = [None] * len(work)
+        queue = deque(largest_first(work))
+        deaths: Counter[int] = Counter()
+        done = 0
+        try:
+            while done < len(work):
+                self._hand_out(unit, work, queue)
+                numbers = self._collect(self._pool.wait(stage), results, queue, deaths, stage)
+                self._hand_out(unit, work, queue)  # before the caller stores results: nobody waits for a disk
+                for number in numbers:
+                    done += 1
+                    self._report(stage, number, done, results, on_result)
+        except BaseException:
+            self._pool.restart_busy()
+            raise
+        return results
+
+    def _hand_out(self, unit: Unit, work: Sequence[Work], queue: deque[int]) -> None:
+        pool = self._pool
+        while queue and pool.idle:
+            number, actor = queue.popleft(), pool.idle.pop()
+            shared = work[number].shared
+            reference = actor.run.remote(unit, shared.key, [shared.reference], work[number].item)
+            pool.busy[reference] = (actor, number)
+
+    def _collect(
+        self, finished: Sequence[Any], results: list[Any], queue: deque[int], deaths: Counter[int], stage: str
+    ) -> list[int]:
+        """Fetch results; a unit whose worker died goes back to the front of the queue."""
+        numbers: list[int] = []
+        for reference in finished:
+            actor, number = self._pool.busy.pop(reference)
+            try:
+                results[number] = ray.get(reference)
+            except RayTaskError as error:
+                self._pool.idle.append(actor)
+                raise _original(error) from None
+            except (RayActorError, ObjectLostError) as error:
+                deaths[number] += 1
+                _logger.warning("stage '%s': a worker died (%s); its unit is done again", stage, _reason(error))
+                self._replace(actor)
+                if deaths[number] > _MAX_DEATHS:
+                    raise EngineError(
+                        f"stage '{stage}': the worker of one unit died {deaths[number]} times ({_reason(error)}); "
+                        "give it more memory, or ask for fewer workers."
+                    ) from error
+                queue.appendleft(number)
+            else:
+                self._pool.idle.append(actor)
+                numbers.append(number)
+        return numbers
+
+    def _replace(self, actor: Any) -> None:
+        ray.kill(actor)
+        self._pool.start()
+
+    def _report(self, stage: str, number: int, done: int, results: list[Any], on_result: OnResult | None) -> None:
+        self.units_run[stage] += 1
+        if on_result is not None:
+            on_result(number, results[number])
+        if self._progress is not None:
+            self._progress(stage, done, len(results))
+
+
+def _original(error: RayTaskError) -> BaseException:
+    """What the unit itself raised; of a programming error the remote traceback comes along."""
+    cause = error.cause
+    if isinstance(cause, EntpruneError):
+        return cause
+    if isinstance(cause, Exception):
+        cause.add_note(str(error))
+        return cause
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _free_resources() -> str:
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0.0):g} CPU cores and {free.get('GPU', 0.0):g} GPUs"

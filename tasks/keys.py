@@ -1,0 +1,132 @@
+"""Names of stored results, each made of the hashes of everything that the result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from entprune.config import PruneConfig
+from entprune.datasets import ImageData
+from entprune.finetune import FinetuneConfig
+from entprune.groups import ChannelGroup, trace
+from entprune.path import PathSetting
+from entprune.plan import PruningPlan
+
+# Raised whenever a stage would give other results on the same inputs: entries of older code are then not found.
+STAGE_VERSIONS = {
+    "answers": 1,
+    "moments": 1,
+    "paths": 1,
+    "candidates": 1,
+    "verdicts": 1,
+    "finetuned": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageKeys:
+    """Keys of one run's results.
+
+    Attributes:
+        network: hash of the dense network.
+        calibration, validation, test: hashes of the images that are read.
+        config: of the run; each key takes the settings that matter for it.
+    """
+
+    network: str
+    calibration: str
+    validation: str
+    test: str
+    config: PruneConfig
+
+    def answers(self, layers: tuple[str, ...]) -> str:
+        """Dense answers of some layers."""
+        return content_key("answers", {**self._statistics(), "layers": list(layers)})
+
+    def moments(self, layers: tuple[str, ...]) -> str:
+        """Moments of what some layers read."""
+        return content_key("moments", {**self._statistics(), "layers": list(layers)})
+
+    def path(self, group: ChannelGroup, setting: PathSetting) -> str:
+        """One continuation of one group; other groups do not matter."""
+        return content_key("paths", {**self._statistics(), "group": hash_group(group), "setting": setting.to_dict()})
+
+    def candidate(self, plan: PruningPlan) -> str:
+        """One assembled network with its verdicts; the budget does not matter."""
+        refit = {
+            "relative_ridge": self.config.relative_ridge,
+            "reestimate_batchnorm": self.config.reestimate_batchnorm,
+        }
+        inputs = {**self._statistics(), "plan": plan.digest(), "refit": refit, "validation": self.validation}
+        return content_key("candidates", inputs)
+
+    def verdicts(self, model: nn.Module, images: str) -> str:
+        """Which images a network classifies correctly."""
+        return content_key("verdicts", {**self._numerics(), "network": hash_network(model), "images": images})
+
+    def finetuned(self, model: nn.Module, config: FinetuneConfig, train: str) -> str:
+        """Weights after fine-tuning."""
+        inputs = {"student": hash_network(model), "teacher": self.network, "finetune": asdict(config), "train": train}
+        return content_key("finetuned", inputs)
+
+    def _numerics(self) -> dict[str, Any]:
+        return {"device": self.config.device.partition(":")[0], "threads": self.config.threads}
+
+    def _statistics(self) -> dict[str, Any]:
+        names = ("calibration_shards", "batch_size", "min_rows", "rows_per_feature", "seed")
+        return {
+            **self._numerics(),
+            "network": self.network,
+            "calibration": self.calibration,
+            "sampling": {name: getattr(self.config, name) for name in names},
+        }
+
+
+def content_key(stage: str, inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that a stage's result depends on.
+
+    Args:
+        stage: one of :data:`STAGE_VERSIONS`.
+        inputs: plain values; arrays and networks by their hashes.
+    """
+    content = {"stage": stage, "version": STAGE_VERSIONS[stage], "torch": torch.__version__, "inputs": inputs}
+    return _hash_plain(content)
+
+
+def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def hash_network(model: nn.Module) -> str:
+    """SHA-256 of a network: its weights, its layers' settings and what its forward pass does."""
+    state = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
+    return _hash_plain([trace(model).code, str(model), hash_arrays(state)])
+
+
+def hash_group(group: ChannelGroup) -> str:
+    """SHA-256 of a group: its channels and where its consumers read them."""
+    index = {piece.layer: piece.index for piece in group.consumers}
+    return _hash_plain([group.name, group.num_channels, hash_arrays(index)])
+
+
+def hash_images(data: ImageData, split: str, indices: np.ndarray) -> str:
+    """SHA-256 of normalised images of a split, in their order."""
+    chosen = hash_arrays({"indices": indices.astype(np.int64)})
+    return _hash_plain([data.sha256, list(data.mean), list(data.std), list(data.input_shape), split, chosen])
+
+
+def _hash_plain(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -1,0 +1,417 @@
+"""The stages of a pruning run as Prefect tasks: each makes one call into the library, or recalls an earlier result."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+import torch
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from torch import nn
+
+from entprune.artifact import ModelCard, save_model
+from entprune.assembly import RefitConfig, RefitData
+from entprune.calibration import LayerStatistics, Statistics
+from entprune.certificate import Certificate
+from entprune.config import Budget, PruneConfig
+from entprune.datasets import ArraySplit, ImageData, ImageSplit, split_training
+from entprune.errors import CertificateError, EntpruneError
+from entprune.evaluation import Measurement, count_macs, count_parameters, measure_latency
+from entprune.finetune import FinetuneConfig
+from entprune.path import SettingPath, SparsityPath
+from entprune.plan import PruningPlan
+from entprune.pruning import certify_result
+from entprune.report import write_report
+from entprune.runner import Work, torch_threads
+from entprune.search import SearchResult
+from entprune.search import search as search_budget
+from entprune.stages import (
+    CandidateJob,
+    CandidateScore,
+    ImageSet,
+    Network,
+    SolveKey,
+    StopRule,
+    answers_only,
+    predict,
+    sampling_plan,
+)
+from entprune.stages import calibrate as calibrate_network
+from entprune.stages import solve as solve_groups
+from entprune.storage import (
+    load_setting_path,
+    load_statistics,
+    read_bundle,
+    save_setting_path,
+    save_statistics,
+    write_bundle,
+)
+from tasks import tracking
+from tasks.actors import RayRunner
+from tasks.keys import StageKeys, hash_images, hash_network
+from tasks.progress import StageClock
+from tasks.store import Store
+from tasks.units import FinetuneJob, finetune_student
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LATENCY_REPEATS = 5
+
+
+class Inputs(Protocol):
+    """What a run works on, loaded and checked."""
+
+    @property
+    def data(self) -> ImageData:
+        """Images and labels."""
+
+    @property
+    def network(self) -> Network:
+        """The analysed dense network."""
+
+    @property
+    def checkpoint_sha256(self) -> str:
+        """Of the file that its weights came from."""
+
+
+class Workload:
+    """Everything that a run's stages read. No dataclass: Prefect walks through those in search of futures.
+
+    Attributes:
+        network: dense.
+        data: whole data set.
+        checkpoint_sha256: of the file that the weights came from.
+        calibration, validation, test: images of each purpose, cut out of their splits.
+        validation_indices: of the validation images in the train split.
+        config, budget: what is asked.
+        keys: of stored results.
+    """
+
+    def __init__(self, inputs: Inputs, config: PruneConfig, budget: Budget) -> None:
+        self.network, self.data, self.checkpoint_sha256 = inputs.network, inputs.data, inputs.checkpoint_sha256
+        self.config, self.budget = config, budget
+        calibration, self.validation_indices = split_training(
+            self.data, calibration=config.calibration_samples, validation=config.validation_samples, seed=config.seed
+        )
+        everything = np.arange(len(self.data.test))
+        self.calibration = cut_out(self.data.train, calibration)
+        self.validation = cut_out(self.data.train, self.validation_indices)
+        self.test = ImageSet(split=self.data.test, indices=everything)
+        self.keys = StageKeys(
+            network=hash_network(self.network.model),
+            calibration=hash_images(self.data, "train", calibration),
+            validation=hash_images(self.data, "train", self.validation_indices),
+            test=hash_images(self.data, "test", everything),
+            config=config,
+        )
+
+    def card(self, model_spec: str) -> ModelCard:
+        """What the portable artifact needs to know."""
+        data = self.data
+        return ModelCard(
+            model_spec=model_spec,
+            num_classes=data.num_classes,
+            input_shape=data.input_shape,
+            mean=data.mean,
+            std=data.std,
+            class_names=data.class_names,
+        )
+
+
+class Engine:
+    """What carries out a run's stages. No dataclass, for the same reason.
+
+    Attributes:
+        runner: hands units to workers.
+        store: results of this and earlier runs.
+        clock: times stages and passes on progress.
+        finetune_threads: torch threads of a unit that has the cluster to itself.
+    """
+
+    def __init__(self, runner: RayRunner, store: Store, clock: StageClock, *, finetune_threads: int = 1) -> None:
+        self.runner, self.store, self.clock = runner, store, clock
+        self.finetune_threads = finetune_threads
+
+
+def is_worth_retrying(_: Any, __: Any, state: Any) -> bool:
+    """Whether a failed task may succeed if it is run again: never where the library has said what is wrong."""
+    error = getattr(state.data, "result", state.data)
+    return not isinstance(error, EntpruneError)
+
+
+def stage_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """A Prefect task; the store keeps results, because Prefect would have to pickle handles, networks and moments."""
+    return task(name=name, cache_policy=NO_CACHE, persist_result=False, retries=1, retry_condition_fn=is_worth_retrying)
+
+
+# --- load, calibrate, solve -------------------------------------------------------------------------------------------
+
+
+@stage_task("load")
+def load(read: Callable[[], Inputs], config: PruneConfig, budget: Budget, clock: StageClock) -> Workload:
+    """Read and check the inputs, and lay out which images serve what."""
+    with clock.stage("load"):
+        return Workload(read(), config, budget)
+
+
+def cut_out(split: ImageSplit, indices: np.ndarray) -> ImageSet:
+    """The chosen images alone, so that workers are not sent the rest; of a split in memory only."""
+    if not isinstance(split, ArraySplit):
+        return ImageSet(split=split, indices=indices)
+    cut = dataclasses.replace(split, images=split.images[indices], labels=split.labels[indices])
+    return ImageSet(split=cut, indices=np.arange(len(indices)))
+
+
+def recall_paths(work: Workload, store: Store) -> dict[SolveKey, SettingPath]:
+    """Continuations that earlier runs finished on the same inputs."""
+    found: dict[SolveKey, SettingPath] = {}
+    for group in work.network.groups.groups:
+        for setting in work.config.settings:
+            path = store.fetch("paths", work.keys.path(group, setting), load_setting_path)
+            if path is not None:
+                found[group.name, setting] = path
+    return found
+
+
+@stage_task("calibrate")
+def calibrate(work: Workload, engine: Engine, *, needs_moments: bool) -> dict[str, LayerStatistics]:
+    """Statistics of every layer; the moments, which are large, only where something is left to solve."""
+    store, consumers = engine.store, work.network.consumers()
+    answers_key, moments_key = work.keys.answers(work.network.refit_layers), work.keys.moments(consumers)
+    with engine.clock.stage("calibrate"):
+        answers = store.fetch("answers", answers_key, load_statistics)
+        if answers is not None and not needs_moments:
+            return answers
+        moments = None if answers is None else store.fetch("moments", moments_key, load_statistics)
+        if answers is not None and moments is not None:
+            return {name: _joined(entry, moments.get(name)) for name, entry in answers.items()}
+        statistics = calibrate_network(work.network, work.calibration, work.config, engine.runner)
+        store.keep("moments", moments_key, partial(save_statistics, _moments_only(statistics)))
+        store.keep("answers", answers_key, partial(save_statistics, answers_only(statistics)))
+        return statistics
+
+
+def _moments_only(statistics: Statistics) -> dict[str, LayerStatistics]:
+    return {
+        name: dataclasses.replace(entry, outputs=entry.outputs[:0])
+        for name, entry in statistics.items()
+        if entry.moments is not None
+    }
+
+
+def _joined(answers: LayerStatistics, moments: LayerStatistics | None) -> LayerStatistics:
+    return answers if moments is None else dataclasses.replace(answers, moments=moments.moments)
+
+
+@stage_task("solve")
+def solve(
+    work: Workload, engine: Engine, statistics: Statistics, known: Mapping[SolveKey, SettingPath]
+) -> dict[str, SparsityPath]:
+    """Sparsity paths of all groups; each continuation is stored as soon as it is there."""
+
+    def keep(key: SolveKey, path: SettingPath) -> None:
+        group, setting = work.network.groups.named(key[0]), key[1]
+        engine.store.keep("paths", work.keys.path(group, setting), partial(save_setting_path, path))
+
+    with engine.clock.stage("solve"):
+        paths = solve_groups(work.network, statistics, work.config, engine.runner, known=known, on_result=keep)
+        engine.clock.summarise(f"{len(paths)} groups, {len(known)} continuations from the store")
+        return paths
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+@stage_task("search")
+def search(
+    work: Workload, engine: Engine, statistics: Statistics, paths: Mapping[str, SparsityPath]
+) -> tuple[SearchResult, float]:
+    """The smallest network within the budget, and the dense network's accuracy on the validation images."""
+    with engine.clock.stage("search"):
+        job = _candidate_job(work, engine, statistics)
+        found = search_budget(
+            paths,
+            work.network.cost,
+            job,
+            work.budget,
+            work.config,
+            engine.runner,
+            known=lambda plan: recall_score(job, engine.store, work.keys.candidate(plan)),
+            on_score=lambda plan, score: keep_score(engine.store, work.keys.candidate(plan), score),
+        )
+        engine.clock.summarise(f"{len(found.candidates)} networks tried")
+        return found, 100.0 * float(job.dense_correct.mean())
+
+
+def _candidate_job(work: Workload, engine: Engine, statistics: Statistics) -> CandidateJob:
+    images, config = work.calibration, work.config
+    dense = work.network.model
+    return CandidateJob(
+        network=work.network,
+        data=RefitData(
+            split=images.split,
+            indices=images.indices,
+            statistics=answers_only(statistics),
+            sampling=sampling_plan(config, len(images)),
+        ),
+        refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),
+        validation=work.validation,
+        dense_correct=verdicts(work, engine, dense, work.validation, work.keys.validation, step="validate dense"),
+        stop=StopRule(max_drop=work.budget.max_accuracy_drop, quantile=config.quantile),
+        device=config.device,
+    )
+
+
+def keep_score(store: Store, key: str, score: CandidateScore) -> None:
+    """Store an assembled network and its verdicts."""
+    arrays = {"correct": score.correct, **{f"state.{name}": value for name, value in score.state.items()}}
+    store.keep("candidates", key, lambda path: write_bundle(path, arrays, {"kind": "candidate"}))
+
+
+def recall_score(job: CandidateJob, store: Store, key: str) -> CandidateScore | None:
+    """A stored network with as many verdicts as the present stop rule asks for; None if there are too few."""
+    bundle = store.fetch("candidates", key, read_bundle)
+    if bundle is None or job.validation is None:
+        return None
+    correct = bundle[0].pop("correct")
+    state = {name.removeprefix("state."): value for name, value in bundle[0].items()}
+    for stop in (*range(job.stop.chunk, len(job.validation), job.stop.chunk), len(job.validation)):
+        if stop > len(correct):
+            return None
+        if stop == len(job.validation) or job.stop.is_decided(job.dense_correct[:stop], correct[:stop]):
+            return CandidateScore(state=state, correct=correct[:stop])
+    return None
+
+
+def verdicts(
+    work: Workload, engine: Engine, model: nn.Module, images: ImageSet, images_key: str, *, step: str
+) -> np.ndarray:
+    """(n,) bool: which images a network classifies correctly."""
+    return engine.store.remember(
+        "verdicts",
+        work.keys.verdicts(model, images_key),
+        lambda: predict(model, images, work.config, engine.runner, stage=step),
+        load=lambda path: read_bundle(path)[0]["correct"],
+        save=lambda correct, path: write_bundle(path, {"correct": correct}, {"kind": "verdicts"}),
+    )
+
+
+# --- certify, fine-tune, measure --------------------------------------------------------------------------------------
+
+
+@stage_task("certify")
+def certify(work: Workload, engine: Engine, smaller: nn.Module, plan: PruningPlan) -> Certificate:
+    """Prove that the smaller network equals the masked full-size one.
+
+    Raises:
+        CertificateError: it does not.
+    """
+    with engine.clock.stage("certify"):
+        certificate = certify_result(work.network, smaller, plan, work.calibration, work.config)
+        if not certificate.passed:
+            raise CertificateError(
+                "the smaller network differs from the masked full-size one by "
+                f"{certificate.max_abs_difference:g}, expected at most {certificate.tolerance:g}; nothing was written or "
+                "registered: please report the network."
+            )
+        return certificate
+
+
+@stage_task("finetune")
+def finetune(work: Workload, engine: Engine, smaller: nn.Module, config: FinetuneConfig) -> nn.Module:
+    """Train the smaller network on with the dense one as its teacher, on one worker with all cores to itself."""
+
+    def compute() -> dict[str, np.ndarray]:
+        job = FinetuneJob(
+            student=smaller,
+            teacher=work.network.model,
+            split=work.data.train,
+            validation_indices=work.validation_indices,
+            threads=engine.finetune_threads,
+        )
+        handle = engine.runner.share(job)
+        try:
+            (state,) = engine.runner.run(finetune_student, [Work(shared=handle, item=config)], stage="finetune")
+        finally:
+            engine.runner.release(handle)
+        return state
+
+    with engine.clock.stage("finetune"):
+        state = engine.store.remember(
+            "finetuned",
+            work.keys.finetuned(smaller, config, work.keys.validation),
+            compute,
+            load=lambda path: read_bundle(path)[0],
+            save=lambda state, path: write_bundle(path, state, {"kind": "fine-tuned weights"}),
+        )
+        return load_arrays(smaller, state)
+
+
+def load_arrays(like: nn.Module, state: Mapping[str, np.ndarray]) -> nn.Module:
+    """A copy of a network with other weights, in eval mode."""
+    loaded = copy.deepcopy(like)
+    loaded.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+    return loaded.eval()
+
+
+@stage_task("measure")
+def measure(work: Workload, engine: Engine, models: Mapping[str, nn.Module]) -> dict[str, Measurement]:
+    """Figures of each network; the only stage that reads the test split."""
+    with engine.clock.stage("measure"):
+        return {name: _measure_one(work, engine, model, name) for name, model in models.items()}
+
+
+def _measure_one(work: Workload, engine: Engine, model: nn.Module, name: str) -> Measurement:
+    correct = verdicts(work, engine, model, work.test, work.keys.test, step=f"measure {name}")
+    shape = work.network.input_shape
+    with torch_threads(work.config.threads):
+        latency_ms = measure_latency(model, shape, repeats=_LATENCY_REPEATS)
+    return Measurement(
+        accuracy=100.0 * float(correct.mean()),
+        parameters=count_parameters(model),
+        macs=count_macs(model, shape),
+        latency_ms=latency_ms,
+    )
+
+
+# --- report, track, register ------------------------------------------------------------------------------------------
+
+
+@stage_task("save")
+def save(model: nn.Module, plan: PruningPlan, card: ModelCard, directory: Path, *, extra: Mapping[str, Any]) -> None:
+    """Write the portable artifact."""
+    save_model(model, plan, card, directory, extra=extra)
+
+
+@stage_task("report")
+def report(content: Mapping[str, Any], paths: Mapping[str, SparsityPath], directory: Path) -> None:
+    """Write the evidence."""
+    write_report(content, paths, directory)
+
+
+@stage_task("track")
+def track(run_id: str, content: Mapping[str, Any], paths: Mapping[str, SparsityPath]) -> None:
+    """Log the figures of a run, of its candidates, its groups and its hyperparameter settings."""
+    figures = {name: content[name] for name in ("dense", "one_shot", "fine_tuned") if content[name] is not None}
+    tracking.log_stage(
+        run_id, {**figures, "certificate": content["certificate"], "seconds": content["timings_seconds"]}
+    )
+    for number, candidate in enumerate(content["candidates"], start=1):
+        tracking.log_stage(run_id, {"candidate": {k: v for k, v in candidate.items() if k != "widths"}}, step=number)
+    tracking.log_groups(run_id, content)
+    tracking.log_paths(run_id, paths)
+
+
+@stage_task("register")
+def register(
+    run_id: str, model: nn.Module, work: Workload, name: str, *, card: ModelCard, tags: Mapping[str, Any]
+) -> int:
+    """Register a version of the network."""
+    return tracking.register(run_id, model, work.network.input_shape, name, tags=tags, card=card.to_dict())

@@ -1,0 +1,79 @@
+"""Results of stages on disk, so that a killed run goes on and a second budget pays only for what is new."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from entprune.errors import ArtifactError, OutputError
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Store:
+    """A folder of results.
+
+    Args:
+        directory: made when the first result is kept.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = Path(directory)
+        self._is_writable = True
+        self.reused: Counter[str] = Counter()
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where a result lies, whether it is there or not."""
+        return self._directory / stage / f"{key}.safetensors"
+
+    def fetch(self, stage: str, key: str, load: Callable[[Path], T]) -> T | None:
+        """Load a result, None if there is none; a damaged one, of which `load` raises ArtifactError, is deleted."""
+        path = self.path(stage, key)
+        if not path.is_file():
+            return None
+        try:
+            value = load(path)
+        except ArtifactError as error:
+            _logger.warning("a stored result of stage '%s' is damaged and will be computed again: %s", stage, error)
+            self._delete(path)
+            return None
+        self.reused[stage] += 1
+        return value
+
+    def keep(self, stage: str, key: str, save: Callable[[Path], None]) -> None:
+        """Store a result; a run does not fail because its results cannot be kept for the next one."""
+        if not self._is_writable:
+            return
+        try:
+            save(self.path(stage, key))
+        except OutputError as error:
+            self._is_writable = False
+            _logger.warning("results of this run are not stored: %s", error)
+
+    def remember(
+        self,
+        stage: str,
+        key: str,
+        compute: Callable[[], T],
+        *,
+        load: Callable[[Path], T],
+        save: Callable[[T, Path], None],
+    ) -> T:
+        """Return the stored result, or compute and store it."""
+        found = self.fetch(stage, key, load)
+        if found is not None:
+            return found
+        value = compute()
+        self.keep(stage, key, lambda path: save(value, path))
+        return value
+
+    def _delete(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            _logger.warning("cannot delete '%s': %s", path, error.strerror)

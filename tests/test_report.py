@@ -1,0 +1,434 @@
+"""The evidence: complete files, a page that stands alone, words that fit the figures."""
+
+from __future__ import annotations
+
+import copy
+import getpass
+import json
+import platform
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from entprune.errors import OutputError
+from entprune.path import PathSetting, SettingPath, SparsityPath
+from entprune.report import collect_warnings, environment, render_html, write_report
+from entprune.report.page import render_page
+from entprune.report.style import LIGHT
+from entprune.report.wording import UNKNOWN, format_count, format_fraction, format_seconds
+from entprune.storage import load_path
+
+GROUPS = (("conv1", 6, 2), ("layer1.0.conv2", 10, 10))
+EMPTY_TAGS = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def make_path(name: str, num_channels: int) -> SparsityPath:
+    settings = []
+    for entropy_weight in (0.0, 0.3):
+        order = np.arange(num_channels)
+        snapshots = np.zeros((num_channels, num_channels), dtype=np.float32)
+        for row, alive in enumerate(range(num_channels, 0, -1)):
+            snapshots[row, :alive] = np.linspace(2.0, 1.0, alive) / np.linspace(2.0, 1.0, alive).sum()
+        errors = (1.0 - entropy_weight) * np.linspace(1.0, 0.0, num_channels + 1) ** 2
+        setting = PathSetting(entropy_weight=entropy_weight)
+        settings.append(
+            SettingPath(setting=setting, order=order, errors=errors, snapshots=snapshots, status="complete")
+        )
+    stacked = np.stack([entry.errors for entry in settings])
+    return SparsityPath(
+        group=name, num_consumers=1, settings=tuple(settings), errors=stacked.min(0), choice=stacked.argmin(0)
+    )
+
+
+def make_paths() -> dict[str, SparsityPath]:
+    return {name: make_path(name, channels) for name, channels, _ in GROUPS}
+
+
+def make_figures(**changes: Any) -> dict[str, Any]:
+    return {"accuracy": 99.0, "parameters": 400_000, "macs": 2_000_000, "latency_ms": {"1": 0.6, "64": 12.0}} | changes
+
+
+def make_pruned(**changes: Any) -> dict[str, Any]:
+    return make_figures(
+        accuracy=98.75, parameters=40_000, macs=400_000, latency_ms={"1": 0.3, "64": 4.0},
+        accuracy_drop=0.25, parameters_removed=0.9, macs_removed=0.8,
+    ) | changes  # fmt: skip
+
+
+def make_candidate(kept_fraction: float, drop: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "round": 1, "kept_fraction": kept_fraction, "parameters": int(400_000 * kept_fraction), "macs": 400_000,
+        "parameters_removed": 1 - kept_fraction, "macs_removed": 0.8, "validation_accuracy": 99.2 - drop,
+        "validation_drop": drop, "drop_upper_bound": drop + 0.1, "images": 5000, "accepted": drop <= 0.4,
+        "chosen": False, "widths": {"conv1": 2},
+    } | changes  # fmt: skip
+
+
+def make_report(**changes: Any) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "model": {"spec": "lenet", "input_shape": [1, 28, 28], "num_classes": 10},
+        "data": {
+            "spec": "mnist", "sha256": "ab" * 32, "mean": [0.13], "std": [0.31],
+            "calibration_samples": 2048, "validation_samples": 5000, "test_samples": 10000,
+        },
+        "seed": 0,
+        "budget": {"max_accuracy_drop": 0.5},
+        "budget_met": True,
+        "dense": make_figures(),
+        "one_shot": make_pruned(),
+        "fine_tuned": None,
+        "certificate": {"max_abs_difference": 3e-7, "tolerance": 1e-4, "num_images": 32, "passed": True},
+        "groups": [
+            {
+                "name": name, "channels": channels, "kept": kept, "reconstruction_error": 0.08, "entropy": 1.0,
+                "effective_channels": 2.7, "setting": "entropy +0", "note": "read by fc",
+            }
+            for name, channels, kept in GROUPS
+        ],
+        "unprunable": [{"layer": "fc", "reason": "its outputs are the network's outputs"}],
+        "candidates": [
+            make_candidate(0.5, 0.02),
+            make_candidate(0.1, 0.25, chosen=True),
+            make_candidate(0.02, 40.0),
+        ],
+        "validation": {"dense_accuracy": 99.2, "images": 5000},
+        "plan": {"plan_version": 1, "groups": []},
+        "settings": {"confidence": 0.8, "threads": 1},
+        "timings_seconds": {"solve": 2.5, "total": 75.0},
+        "lineage": {"checkpoint_sha256": "cd" * 32, "mlflow_run_id": None},
+        "environment": {"python": "3.11.7"},
+        "warnings": [],
+    } | changes  # fmt: skip
+
+
+def without_figures() -> dict[str, Any]:
+    """What an in-process call without labels gives."""
+    unknown = {"accuracy": None, "latency_ms": None}
+    unjudged = {"validation_accuracy": None, "validation_drop": None, "drop_upper_bound": None, "images": 0}
+    return make_report(
+        model={"spec": None, "input_shape": [1, 8, 8], "num_classes": 2},
+        data=make_report()["data"] | {"spec": None, "sha256": None},
+        budget={"parameters_removed": 0.9},
+        dense=make_figures(**unknown),
+        one_shot=make_pruned(**unknown, accuracy_drop=None),
+        candidates=[make_candidate(0.1, 0.0, chosen=True) | unjudged],
+        validation={"dense_accuracy": None, "images": 0},
+        lineage={},
+    )
+
+
+class Checker(HTMLParser):
+    """Raises where tags do not close; collects identifiers, text and the addresses of what would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.identifiers: list[str] = []
+        self.fetched: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in EMPTY_TAGS:
+            self.open.append(tag)
+        self.handle_attributes(tag, dict(attrs))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_attributes(tag, dict(attrs))
+
+    def handle_attributes(self, tag: str, attributes: dict[str, str | None]) -> None:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        if attributes.get("id"):
+            self.identifiers.append(str(attributes["id"]))
+        self.fetched += [str(attributes[key]) for key in ("src", "href", "xlink:href", "srcset") if key in attributes]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def check_page(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def drawn_text(svg: str) -> str:
+    return " ".join("".join(element.itertext()) for element in ET.fromstring(svg).iter() if element.text)  # noqa: S314 -- drawn above
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_files_are_written(tmp_path: Path) -> None:
+    report, paths = make_report(), make_paths()
+    write_report(report, paths, tmp_path / "run")
+    names = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert names == [
+        "paths/000-conv1.safetensors", "paths/001-layer1.0.conv2.safetensors", "plan.json",
+        "plots/error-000.svg", "plots/error-001.svg", "plots/probability-000.svg", "plots/probability-001.svg",
+        "plots/search.svg", "plots/widths.svg", "report.html", "report.json",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == report["plan"]
+    assert load_path(tmp_path / "run" / names[0]).kept(2) == paths["conv1"].kept(2)
+
+
+def test_second_report_replaces_the_first_and_nothing_else(tmp_path: Path) -> None:
+    write_report(make_report(), make_paths(), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    write_report(make_report(groups=[], candidates=[]), {}, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert list((tmp_path / "plots").iterdir()) == list((tmp_path / "paths").iterdir()) == []
+
+
+def test_group_names_make_safe_and_distinct_file_names(tmp_path: Path) -> None:
+    names = ["../../escape", "a/b", "a:b", "x" * 300]
+    write_report(make_report(groups=[], candidates=[]), {name: make_path(name, 6) for name in names}, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "paths").iterdir())) == len(names)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_number_that_json_cannot_hold_is_named(tmp_path: Path) -> None:
+    report = make_report(candidates=[make_candidate(0.5, float("nan"))])
+    with pytest.raises(OutputError, match=r"candidates\.0\.validation_accuracy"):
+        write_report(report, {}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_same_report_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = render_html(make_report(), make_paths())
+    monkeypatch.setitem(mpl.rcParams, "lines.linewidth", 9.0)
+    monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "path")
+    assert render_html(make_report(), make_paths()) == first
+    assert mpl.rcParams["lines.linewidth"] == 9.0
+
+
+def test_report_is_not_changed() -> None:
+    report = make_report()
+    before = copy.deepcopy(report)
+    render_html(report, make_paths())
+    collect_warnings(report)
+    assert report == before
+
+
+# --- page -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("report", [make_report(), make_report(fine_tuned=make_pruned()), without_figures()])
+def test_page_stands_alone(report: dict[str, Any]) -> None:
+    page = render_html(report, make_paths())
+    checker = check_page(page)
+    for address in re.findall(r'(\S*)"https?://', page):
+        assert address.startswith("xmlns")
+    assert len(re.findall(r"https?://", page)) == len(re.findall(r'xmlns(?::\w+)?="https?://', page))
+    assert all(address.startswith("#") for address in checker.fetched)
+    assert "@import" not in page
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+
+
+def test_references_inside_the_page_resolve() -> None:
+    page = render_html(make_report(), make_paths())
+    checker = check_page(page)
+    assert len(checker.identifiers) == len(set(checker.identifiers))
+    references = {address[1:] for address in checker.fetched} | set(re.findall(r"url\(#([^)]*)\)", page))
+    assert references
+    assert references <= set(checker.identifiers)
+
+
+def test_each_plot_is_in_the_page_and_takes_its_colours() -> None:
+    page = render_html(make_report(), make_paths())
+    plots = re.findall(r"<figure[^>]*data-plot='([^']*)'>.*?(<svg.*?</svg>)", page, flags=re.DOTALL)
+    assert [name for name, _ in plots] == [
+        "widths", "search", "error-000", "error-001", "probability-000", "probability-001"
+    ]  # fmt: skip
+    for _, svg in plots:
+        assert re.match(r'<svg role="img" aria-label="[^"]+"', svg)
+        assert re.findall(r"#[0-9a-fA-F]{6}\b", svg) == []  # a fixed colour would vanish in dark mode
+        used = set(re.findall(r"var\(--(\w+)\)", svg))
+        assert {"ink", "surface"} <= used <= set(LIGHT)
+
+
+def test_plots_say_what_was_chosen(tmp_path: Path) -> None:
+    write_report(make_report(), make_paths(), tmp_path)
+    text = {path.stem: drawn_text(path.read_text()) for path in (tmp_path / "plots").iterdir()}
+    assert "6 → 2" in text["widths"]
+    assert "layer1.0.conv2" in text["widths"]
+    assert "budget: 0.5 points" in text["search"]
+    assert "↑ 40" in text["search"]
+    assert "conv1: 2 of 6 kept" in text["error-000"]
+    assert "entropy weight 0.3" in text["error-000"]
+    assert "1.9 effective channels" in text["probability-000"]  # exp H of (2/3, 1/3) is 1.89
+
+
+def test_figures_lie_in_separate_columns() -> None:
+    page = render_page(make_report(fine_tuned=make_pruned(accuracy=98.96, accuracy_drop=0.04)), {})
+    head, accuracy, change = (re.findall(r">([^<>]+)<", row) for row in re.findall(r"<tr.*?</tr>", page)[:3])
+    assert head == ["unpruned", "one shot", "fine-tuned"]
+    assert accuracy == ["accuracy", "99.00&nbsp;%", "98.75&nbsp;%", "98.96&nbsp;%"]
+    assert change == ["change, points", UNKNOWN, "−0.25", "−0.04"]
+
+
+def test_baselines_get_columns_of_their_own() -> None:
+    page = render_page(make_report(baselines=[make_pruned(name="random channels", accuracy=61.5)]), {})
+    assert "<th scope='col' class='number'>random channels</th>" in page
+    assert "61.50&nbsp;%" in page
+
+
+def test_unknown_figures_are_dashes() -> None:
+    text = " ".join(check_page(render_page(without_figures(), {})).text)
+    assert "None" not in text
+    assert "nan" not in text
+    assert text.count(UNKNOWN) >= 8
+    assert "images passed in process" in text
+
+
+def test_strings_are_escaped() -> None:
+    attack = "<script>alert('x')</script>\"&"
+    report = make_report(
+        model={"spec": attack, "input_shape": [1, 28, 28], "num_classes": 10},
+        groups=[make_report()["groups"][0] | {"name": attack, "note": attack, "setting": attack}],
+        unprunable=[{"layer": attack, "reason": attack}],
+        warnings=[attack],
+        settings={attack: attack},
+        lineage={attack: attack},
+    )
+    checker = check_page(render_html(report, {attack: make_path(attack, 6)}))  # refuses script elements
+    assert sum(attack in text for text in checker.text) >= 9
+
+
+def test_many_groups_are_folded_away() -> None:
+    groups = [make_report()["groups"][0] | {"name": f"layer{number}"} for number in range(14)]
+    drawn = {f"{kind}-{number:03d}": "<svg></svg>" for kind in ("error", "probability") for number in range(14)}
+    page = render_page(make_report(groups=groups), drawn)
+    check_page(page)
+    assert page.count("The other 2 groups") == 2
+    assert page.count("<svg") == 2 * 14
+
+
+def test_network_without_groups_gets_a_page() -> None:
+    page = render_html(make_report(groups=[], candidates=[]), {})
+    check_page(page)
+    assert "<svg" not in page
+
+
+@pytest.mark.parametrize("budget", [{"parameters_removed": 0.9}, {"macs_removed": 0.8}])
+def test_size_budgets_are_drawn(budget: dict[str, float], tmp_path: Path) -> None:
+    write_report(make_report(budget=budget), {}, tmp_path)
+    text = drawn_text((tmp_path / "plots" / "search.svg").read_text())
+    assert f"budget: {100 * next(iter(budget.values())):g} % removed" in text
+    assert ("multiply-accumulates left" in text) == ("macs_removed" in budget)
+
+
+def test_wide_layer_and_extreme_widths_are_drawn() -> None:
+    entry = make_report()["groups"][0]
+    for kept in (1, 300):
+        page = render_html(
+            make_report(groups=[entry | {"channels": 300, "kept": kept}]), {"conv1": make_path("conv1", 300)}
+        )
+        assert page.count("<svg") == 4
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def test_report_without_faults_has_no_warnings() -> None:
+    assert collect_warnings(make_report()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"budget_met": False}, "The budget was not met: asked was the smallest network that loses at most 0.5 points"),
+        (
+            {"certificate": {"max_abs_difference": 0.3, "tolerance": 1e-4, "num_images": 32, "passed": False}},
+            "The certificate failed.*Do not use this network",
+        ),
+        ({"groups": []}, "Nothing could be pruned"),
+        ({"groups": [make_report()["groups"][1]]}, "Nothing was removed"),
+        (
+            {"groups": [make_report()["groups"][0] | {"channels": 100, "kept": 4}]},
+            r"One group was reduced to less than 5% of the channels: conv1 \(4 of 100\)",
+        ),
+        (
+            {"groups": [make_report()["groups"][0] | {"reconstruction_error": 0.61}]},
+            r"more than half of what the next layers need: conv1 \(61\.0 %\)",
+        ),
+        ({"dense": make_figures(accuracy=None)}, "No test images were given"),
+        (
+            {"validation": {"dense_accuracy": 99.9, "images": 5000}},
+            "seen the validation images in training.*optimistic",
+        ),
+        ({"validation": {"dense_accuracy": 99.0, "images": 100}}, "one image is worth 1 points"),
+        ({"one_shot": make_pruned(accuracy_drop=0.7)}, r"fell by 0\.70 points, more than the 0\.5"),
+        ({"one_shot": make_pruned(latency_ms={"1": 0.7})}, "At batch size 1 the smaller network is not faster"),
+    ],
+)
+def test_each_fault_is_told(changes: dict[str, Any], sentence: str) -> None:
+    warnings = collect_warnings(make_report(**changes))
+    assert any(re.search(sentence, warning) for warning in warnings), warnings
+    report = make_report(**changes, warnings=warnings)
+    assert "Know before you use it" in render_page(report, {})
+
+
+def test_group_at_the_limit_is_not_told() -> None:
+    groups = [make_report()["groups"][0] | {"channels": 100, "kept": 5, "reconstruction_error": 0.5}]
+    assert collect_warnings(make_report(groups=groups)) == []
+
+
+def test_failed_verdicts_are_told_in_words() -> None:
+    certificate = {"max_abs_difference": 0.3, "tolerance": 1e-4, "num_images": 32, "passed": False}
+    text = " ".join(check_page(render_page(make_report(certificate=certificate, budget_met=False), {})).text)
+    assert "do not use it" in text
+    assert "No network that was tried met this" in text
+    assert text.count("✗") == 2
+
+
+@given(st.floats(0.0, 1.0))
+def test_fractions_never_claim_everything_or_nothing(fraction: float) -> None:
+    shown = float(format_fraction(fraction).removesuffix(" %"))
+    assert shown == pytest.approx(100 * fraction, abs=0.06)
+    if 1e-12 < fraction < 1.0 - 1e-12:
+        assert shown != 0.0
+    assert (shown == 100.0) <= (fraction > 1.0 - 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (None, UNKNOWN), (0, "0"), (9871, "9,871"), (431_080, "431.1 k"), (14_728_266, "14.73 M"),
+        (1_250_000, "1.25 M"), (999_960, "1 M"), (4.1e9, "4.1 G"),
+    ],
+)  # fmt: skip
+def test_counts_are_short(number: float | None, text: str) -> None:
+    assert format_count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, UNKNOWN), (2.5, "2.5 s"), (75, "1 min 15 s"), (7300, "2 h 1 min")]
+)
+def test_durations_are_readable(seconds: float | None, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_environment_names_versions_and_nobody() -> None:
+    content = environment()
+    text = json.dumps(content)
+    assert content["python"] == platform.python_version()
+    assert content["torch"]
+    assert content["threads"] >= 1
+    for secret in (str(Path.home()), platform.node(), str(Path.cwd())):
+        assert secret not in text
+    assert getpass.getuser() not in {str(value) for value in content.values()}
