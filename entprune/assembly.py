@@ -10,6 +10,7 @@ Axes: t sampled rows, d kept features, m kept outputs.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 from entprune.calibration import SamplingPlan, Statistics
 from entprune.errors import ModelError
 from entprune.evaluation import ImageSplit
-from entprune.groups import ChannelGroups, trace
+from entprune.groups import ChannelGroups, input_width, shared_layers, trace
 from entprune.moments import GramSum, ProductSum, draw_positions, feature_count, read_rows
 from entprune.plan import LayerSelection, PruningPlan, select_layers
 
@@ -108,10 +109,16 @@ def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
 
 
 def dense_layers(model: nn.Module) -> tuple[str, ...]:
-    """Layers that assembly can refit, in execution order: ungrouped convolutions and linear layers called once."""
-    graph_module = trace(model)
-    calls = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"]
-    return tuple(name for name in calls if calls.count(name) == 1 and _is_dense(model.get_submodule(name)))
+    """Layers that assembly can refit, in execution order: ungrouped, called once, with parameters of their own."""
+    shared = shared_layers(model)
+    once = (name for name in _called_once(trace(model).graph) if name not in shared)
+    return tuple(name for name in once if _is_dense(model.get_submodule(name)))
+
+
+def _called_once(graph: fx.Graph) -> list[str]:
+    """Modules called once, in execution order."""
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    return [name for name, count in Counter(calls).items() if count == 1]
 
 
 def _is_dense(layer: nn.Module) -> bool:
@@ -125,6 +132,7 @@ def assemble(
     *,
     data: RefitData,
     config: RefitConfig,
+    graph: fx.Graph | None = None,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
@@ -135,6 +143,7 @@ def assemble(
         groups: its channel groups.
         plan: kept channels.
         data: calibration images and the dense network's answers.
+        graph: traced operations of the dense network; traced here without it, which only one thread at a time may do.
         progress: called with (graph nodes done, all nodes).
 
     Returns:
@@ -142,8 +151,8 @@ def assemble(
     """
     selection = select_layers(model, groups, plan)
     smaller = slice_network(model, groups, plan).eval().to(device)
-    if any(entry.inputs is not None and len(entry.inputs) for entry in selection.values()):
-        walk = _RefitWalk(smaller, model, selection, data, config, device)
+    if any(len(group.kept_channels) < group.num_channels for group in plan.groups):
+        walk = _RefitWalk(graph or trace(model).graph, smaller, model, selection, data, config, device)
         with torch.inference_mode():
             walk.run(progress)
     return smaller.cpu()
@@ -154,6 +163,7 @@ class _RefitWalk:
 
     def __init__(
         self,
+        graph: fx.Graph,
         smaller: nn.Module,
         dense: nn.Module,
         selection: Mapping[str, LayerSelection],
@@ -161,7 +171,7 @@ class _RefitWalk:
         config: RefitConfig,
         device: str,
     ) -> None:
-        self._graph_module = trace(smaller)
+        self._graph, self._once = graph, set(_called_once(graph))
         self._smaller, self._dense = smaller, dense
         self._selection, self._statistics, self._sampling = selection, data.statistics, data.sampling
         self._data, self._config, self._device = data, config, device
@@ -171,7 +181,7 @@ class _RefitWalk:
         """Walk the graph; activations of all batches are held until their last use."""
         size, indices = self._sampling.batch_size, self._data.indices
         batches = [self._data.split.batch(indices[i : i + size]).to(self._device) for i in range(0, len(indices), size)]
-        nodes = list(self._graph_module.graph.nodes)
+        nodes = list(self._graph.nodes)
         last_use = {used: node for node in nodes for used in node.all_input_nodes}
         values: dict[fx.Node, list[Any]] = {}
         for number, node in enumerate(nodes):
@@ -187,7 +197,7 @@ class _RefitWalk:
         if node.op == "placeholder":
             return [batch.clone() for batch in batches]
         if node.op == "get_attr":
-            return [_attribute(self._graph_module, str(node.target))] * len(batches)
+            return [_attribute(self._smaller, str(node.target))] * len(batches)
         if node.op == "call_module":
             self._visit(str(node.target), [self._argument(node.args[0], values, b) for b in range(len(batches))])
         return [self._call(node, values, batch) for batch in range(len(batches))]
@@ -196,7 +206,7 @@ class _RefitWalk:
         args = self._argument(node.args, values, batch)
         kwargs = self._argument(node.kwargs, values, batch)
         if node.op == "call_module":
-            return self._graph_module.get_submodule(str(node.target))(*args, **kwargs)
+            return self._smaller.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -209,8 +219,9 @@ class _RefitWalk:
         """Re-estimate one module before it is run."""
         layer = self._smaller.get_submodule(name)
         entry = self._selection.get(name, LayerSelection())
-        self._changed = self._changed or entry.inputs is not None
-        if not self._changed:
+        if entry.inputs is not None and len(entry.inputs) < input_width(self._dense.get_submodule(name)):
+            self._changed = True
+        if not self._changed or name not in self._once:
             return
         if isinstance(layer, _BATCH_NORM) and self._config.reestimate_batchnorm:
             _reestimate_batchnorm(layer, inputs)
@@ -236,7 +247,7 @@ class _RefitWalk:
 
     def _feeds_batchnorm(self, name: str) -> bool:
         """Whether a shift of the layer's output is absorbed by a BatchNorm whose mean is re-estimated."""
-        users = next(iter(node for node in self._graph_module.graph.nodes if node.target == name)).users
+        users = next(iter(node for node in self._graph.nodes if node.target == name)).users
         return self._config.reestimate_batchnorm and all(
             user.op == "call_module" and isinstance(self._smaller.get_submodule(str(user.target)), _BATCH_NORM)
             for user in users

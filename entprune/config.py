@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from entprune.errors import ConfigError
 from entprune.path import PathSetting
+from entprune.selection import DROP_ESTIMATES, DropEstimate
 
 BudgetKind = Literal["max_accuracy_drop", "parameters_removed", "macs_removed"]
 
@@ -74,6 +75,7 @@ class PruneConfig:
         round_to: widths are multiples of this.
         keep: shell patterns of layers that must not change.
         relative_ridge, reestimate_batchnorm: see RefitConfig.
+        drop_estimate: how the drop on unseen images is estimated, "posterior" or "labels" (see entprune.selection).
         confidence: one-sided probability with which the accuracy budget shall hold on unseen data of the validation's kind.
         candidates_per_round, max_rounds, resolution: search; it stops when neighbouring sizes differ by less than the factor.
         certificate_tolerance: allowed relative difference.
@@ -97,6 +99,7 @@ class PruneConfig:
     keep: tuple[str, ...] = ()
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
+    drop_estimate: DropEstimate = "posterior"
     confidence: float = 0.8
     candidates_per_round: int = 2
     max_rounds: int = 5
@@ -116,6 +119,8 @@ class PruneConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.settings:
             raise ConfigError("settings must hold at least one path setting, got none.")
+        if self.drop_estimate not in DROP_ESTIMATES:
+            raise ConfigError(f"drop_estimate must be one of {', '.join(DROP_ESTIMATES)}, got {self.drop_estimate!r}.")
         if not 0.5 <= self.confidence < 1.0:
             raise ConfigError(f"confidence must lie in [0.5, 1), got {self.confidence}.")
         if self.resolution <= 1.0:

@@ -119,23 +119,50 @@ def predict_correct(
         DataError: there is no image.
         ModelError: the network's output is not (n, number of classes).
     """
+    labels = split.labels if indices is None else split.labels[np.asarray(indices)]
+    return predict_classes(model, split, indices, batch_size, device, progress) == labels
+
+
+def predict_classes(
+    model: nn.Module,
+    split: ImageSplit,
+    indices: Indices | None = None,
+    batch_size: int = 256,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> npt.NDArray[np.int64]:
+    """Return the class with the largest logit for each image, (n,); -1 where a logit is not finite.
+
+    Arguments and errors as for :func:`predict_correct`.
+    """
+    logits = predict_logits(model, split, indices, batch_size, device, progress)
+    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
+
+
+def predict_logits(
+    model: nn.Module,
+    split: ImageSplit,
+    indices: Indices | None = None,
+    batch_size: int = 256,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return the logits of each image, (n, number of classes); arguments and errors as for :func:`predict_correct`."""
     selected = np.arange(len(split)) if indices is None else np.asarray(indices)
     if len(selected) == 0:
         raise DataError("evaluation: expected at least one image, got none; give more data or leave indices out.")
     if batch_size < 1:
         raise ConfigError(f"evaluation: expected batch_size >= 1, got {batch_size}.")
-    correct = np.empty(len(selected), dtype=np.bool_)
+    parts: list[npt.NDArray[np.float32]] = []
     target = resolve_device(device)
     with _evaluated(model, target) as network:
         for start in range(0, len(selected), batch_size):
             chosen = selected[start : start + batch_size]
-            labels = torch.from_numpy(split.labels[chosen]).to(target)
             logits = _check_logits(network(split.batch(chosen).to(target)), len(chosen))
-            is_correct = (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
-            correct[start : start + len(chosen)] = is_correct.cpu().numpy()
+            parts.append(logits.float().cpu().numpy())
             if progress is not None:
                 progress(start + len(chosen), len(selected), "evaluating images")
-    return correct
+    return np.concatenate(parts)
 
 
 def count_parameters(model: nn.Module) -> int:

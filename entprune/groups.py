@@ -7,6 +7,7 @@ Axes: c channels of the group, b features per channel in one layer (1 for a conv
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def find_groups(model: nn.Module, example_input: Tensor, *, keep: Iterable[str] 
     """Find the channel groups of a network.
 
     Args:
-        model: network in eval mode; it is not changed.
+        model: network; it is not changed.
         example_input: (n, C, H, W) one batch of the right shape.
         keep: shell patterns of layer names that must not change at all, neither outputs nor inputs.
 
@@ -137,14 +138,16 @@ def find_groups(model: nn.Module, example_input: Tensor, *, keep: Iterable[str] 
     Raises:
         ModelError: the network cannot be traced, or a pattern matches no layer.
     """
+    model = copy.deepcopy(model).eval()  # tracing marks and hooks what it walks through
     names = {module: name for name, module in model.named_modules()}
     order = _call_order(trace(model))
     patterns = tuple(keep)
     _check_patterns(patterns, order)
+    shared = shared_layers(model)
     found: list[ChannelGroup] = []
     unprunable: list[Unprunable] = []
     for raw in _coupled_sets(model, example_input):
-        group, problem = _convert(raw, names, order, patterns)
+        group, problem = _convert(raw, names, order, keep=patterns, shared=shared)
         if problem is None and group is not None:
             found.append(group)
         else:
@@ -176,14 +179,10 @@ def _check_patterns(patterns: Sequence[str], order: Iterable[str]) -> None:
 
 
 def _coupled_sets(model: nn.Module, example_input: Tensor) -> list[Any]:
-    """Coupled sets as torch-pruning finds them, on gradients that it needs for tracing."""
-    was_training = model.training
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    """Coupled sets as torch-pruning finds them; it hooks the network and follows gradients."""
     logger_level = logging.getLogger("torch_pruning").level
+    model.requires_grad_(True)
     try:
-        model.eval()
-        for parameter in flags:
-            parameter.requires_grad_(True)
         with torch.enable_grad():
             graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs=example_input, customized_pruners={PaddedShortcut: _KeptAsIs()}, verbose=False
@@ -195,9 +194,6 @@ def _coupled_sets(model: nn.Module, example_input: Tensor) -> list[Any]:
         ) from error
     finally:
         logging.getLogger("torch_pruning").setLevel(logger_level)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        model.train(was_training)
 
 
 def _writes(item: Any) -> bool:
@@ -205,7 +201,7 @@ def _writes(item: Any) -> bool:
 
 
 def _convert(
-    raw: Any, names: dict[nn.Module, str], calls: dict[str, int], keep: Sequence[str]
+    raw: Any, names: dict[nn.Module, str], calls: dict[str, int], *, keep: Sequence[str], shared: frozenset[str]
 ) -> tuple[ChannelGroup | None, str | None]:
     """Turn one coupled set into a group, or say why it cannot be pruned."""
     roles: dict[str, dict[str, list[Any]]] = {"producers": {}, "followers": {}, "consumers": {}}
@@ -213,11 +209,15 @@ def _convert(
     for item in raw:
         module = item.dep.target.module
         name = names.get(module)
+        if isinstance(module, nn.Parameter):
+            return None, "a parameter outside any layer acts on its channels"
         if name is None:  # an operation without parameters, such as an addition
             continue
         role, problem = _role(module, _writes(item))
         if problem is None and calls.get(name, 0) != 1:
             problem = "is called more than once"
+        if problem is None and name in shared:
+            problem = "shares its parameters with another layer"
         if problem is not None:
             return None, f"{name} ({type(module).__name__}) {problem}"
         if any(fnmatchcase(name, pattern) for pattern in keep):
@@ -227,9 +227,43 @@ def _convert(
         return None, "its outputs are the network's outputs"
     try:
         slices = {role: _slices(items, num_channels, calls) for role, items in roles.items()}
+        _check_extents(slices, {name: module for module, name in names.items()}, num_channels)
     except ModelError as error:
         return None, str(error)
     return ChannelGroup(name=slices["producers"][0].layer, num_channels=num_channels, **slices), None
+
+
+def _check_extents(slices: dict[str, tuple[LayerSlice, ...]], layers: dict[str, nn.Module], num_channels: int) -> None:
+    """A producer writes exactly the group's channels, and nobody has more channels than the layer."""
+    for role, pieces in slices.items():
+        for piece in pieces:
+            width = (input_width if role == "consumers" else output_width)(layers[piece.layer])
+            if piece.index.max() >= width or (role == "producers" and width != num_channels):
+                raise ModelError(f"{piece.layer} has {width} channels, which other layers see as {num_channels}")
+
+
+def input_width(layer: nn.Module) -> int:
+    """Length of a layer's input axis: channels of a convolution or BatchNorm, features of a linear layer."""
+    return _first_size(layer, ("in_channels", "in_features", "num_features"))
+
+
+def output_width(layer: nn.Module) -> int:
+    """Length of a layer's output axis."""
+    return _first_size(layer, ("out_channels", "out_features", "num_features"))
+
+
+def _first_size(layer: nn.Module, names: Sequence[str]) -> int:
+    sizes: list[Any] = [getattr(layer, name) for name in names if hasattr(layer, name)]
+    return int(sizes[0])
+
+
+def shared_layers(model: nn.Module) -> frozenset[str]:
+    """Names of the layers that hold a parameter of another layer."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(name)
+    return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
 
 
 def _role(module: nn.Module, writes: bool) -> tuple[str, str | None]:

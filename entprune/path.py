@@ -144,7 +144,9 @@ def solve_setting(problem: GroupProblem, setting: PathSetting, *, device: str = 
         if len(state.alive) == 1:
             break
         l2_weight *= setting.l2_growth
-    survivors = state.alive[state.probability.argsort(descending=True, stable=True)].tolist()
+    # Where the levels ended first, the last probabilities may be equal: rank the survivors by the whole continuation.
+    standing = np.sum(snapshots, axis=0)
+    survivors = sorted(state.alive.tolist(), key=lambda channel: -standing[channel])
     order = np.array(survivors + dropped[::-1], dtype=np.int64)
     return SettingPath(
         setting=setting,

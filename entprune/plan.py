@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from entprune.errors import ConfigError
-from entprune.groups import ChannelGroup, ChannelGroups, LayerSlice
+from entprune.groups import ChannelGroup, ChannelGroups, LayerSlice, input_width, output_width
 
 _PLAN_VERSION = 1
 
@@ -137,16 +137,6 @@ def _remaining(width: int, removed: list[np.ndarray]) -> np.ndarray | None:
     if not removed:
         return None
     return np.setdiff1d(np.arange(width), np.concatenate(removed))
-
-
-def input_width(layer: nn.Module) -> int:
-    """Length of a layer's input axis: channels of a convolution or BatchNorm, features of a linear layer."""
-    return int(getattr(layer, "in_channels", None) or getattr(layer, "in_features", None) or layer.num_features)
-
-
-def output_width(layer: nn.Module) -> int:
-    """Length of a layer's output axis."""
-    return int(getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) or layer.num_features)
 
 
 def consumer_features(layer: nn.Module, piece: LayerSlice) -> np.ndarray:

@@ -28,15 +28,17 @@ from entprune.plan import PruningPlan
 from entprune.report import collect_warnings, environment
 from entprune.runner import InProcessRunner, Progress, Runner, torch_threads
 from entprune.search import SearchResult, search
+from entprune.selection import StopRule
 from entprune.simplex import effective_channels, entropy
 from entprune.stages import (
     CandidateJob,
     ImageSet,
     Network,
-    StopRule,
     analyse,
     answers_only,
     calibrate,
+    dense_reference,
+    is_correct,
     predict,
     sampling_plan,
     solve,
@@ -156,7 +158,7 @@ def prune(
             "validation_samples": 0 if validation is None else len(validation),
             "test_samples": 0 if test_set is None else len(test_set),
         },
-        validation_accuracy=100.0 * float(job.dense_correct.mean()) if len(job.dense_correct) else None,
+        validation_accuracy=None if job.reference is None else job.reference.accuracy(),
         timings=watch.to_dict(),
     )  # fmt: skip
     return PruningResult(
@@ -214,9 +216,10 @@ def candidate_job(
     runner: Runner,
 ) -> CandidateJob:
     """Score the dense network on the validation images and bundle what candidate units read."""
-    correct = np.zeros(0, dtype=np.bool_)
+    reference = None
     if validation is not None:
-        correct = predict(network.model, validation, config, runner, stage="validate dense")
+        logits = predict(network.model, validation, config, runner, stage="validate dense")
+        reference = dense_reference(logits, validation, config)
     return CandidateJob(
         network=network,
         data=RefitData(
@@ -227,7 +230,7 @@ def candidate_job(
         ),
         refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),
         validation=validation,
-        dense_correct=correct,
+        reference=reference,
         stop=StopRule(max_drop=budget.max_accuracy_drop, quantile=config.quantile),
         device=config.device,
     )
@@ -266,7 +269,7 @@ def measure_network(
     """Test accuracy (NaN without test images), parameters, MACs and latency; the test images are used here alone."""
     accuracy = float("nan")
     if test is not None:
-        accuracy = 100.0 * float(predict(model, test, config, runner, stage=stage).mean())
+        accuracy = 100.0 * float(is_correct(predict(model, test, config, runner, stage=stage), test).mean())
     with torch_threads(config.threads):
         latency = measure_latency(model, network.input_shape, repeats=5)
     return Measurement(

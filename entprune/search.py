@@ -32,7 +32,8 @@ class Candidate:
         plan: kept channels.
         parameters, macs: exact, from the cost model.
         accuracy: percent on the validation images scored, None where none were asked for.
-        accuracy_drop: paired mean drop in points, upper_bound its confidence bound.
+        accuracy_drop: estimated drop on unseen images in points (see :mod:`entprune.selection`), upper_bound its confidence bound.
+        label_drop: paired mean drop by the labels of these images.
         images: validation images scored.
         accepted: whether the bound is within the budget.
     """
@@ -44,6 +45,7 @@ class Candidate:
     macs: int
     accuracy: float | None
     accuracy_drop: float | None
+    label_drop: float | None
     upper_bound: float | None
     images: int
     accepted: bool
@@ -57,6 +59,7 @@ class Candidate:
             "macs": self.macs,
             "validation_accuracy": self.accuracy,
             "validation_drop": self.accuracy_drop,
+            "validation_label_drop": self.label_drop,
             "drop_upper_bound": self.upper_bound,
             "images": self.images,
             "accepted": self.accepted,
@@ -192,11 +195,12 @@ class _Session:
         self, problem: AllocationProblem, plan: PruningPlan, score: CandidateScore, fraction: float, number: int
     ) -> Candidate:
         """Turn a score into a candidate with its verdict."""
-        stop, count = self._job.stop, len(score.correct)
-        drop = upper = accuracy = None
-        if count:
-            drop, _, upper = stop.bounds(self._job.dense_correct[:count], score.correct)
-            accuracy = 100.0 * float(score.correct.mean())
+        stop, reference, count = self._job.stop, self._job.reference, len(score.predicted)
+        drop = upper = accuracy = label_drop = None
+        if reference is not None and count:
+            drop, _, upper = stop.bounds(reference.drops(score.predicted))
+            label_drop = float(reference.drops(score.predicted, "labels").mean())
+            accuracy = 100.0 * float((score.predicted == reference.labels[:count]).mean())
         candidate = Candidate(
             round=number,
             kept_fraction=fraction,
@@ -205,6 +209,7 @@ class _Session:
             macs=problem.cost.macs(plan.widths()),
             accuracy=accuracy,
             accuracy_drop=drop,
+            label_drop=label_drop,
             upper_bound=upper,
             images=count,
             accepted=stop.max_drop is None or (upper is not None and upper <= stop.max_drop),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from entprune.allocation import CostModel, build_cost_model
 from entprune.assembly import RefitConfig, RefitData, assemble, dense_layers
@@ -26,14 +26,16 @@ from entprune.calibration import (
     collect_statistics,
     merge_statistics,
 )
+from entprune.certificate import confirm_groups
 from entprune.config import PruneConfig
 from entprune.errors import ModelError
-from entprune.evaluation import ImageSplit, predict_correct
-from entprune.groups import ChannelGroup, ChannelGroups, find_groups
+from entprune.evaluation import ImageSplit, predict_classes, predict_logits
+from entprune.groups import ChannelGroup, ChannelGroups, find_groups, trace
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
 from entprune.plan import PruningPlan, consumer_features
 from entprune.regression import GroupProblem, build_problem
 from entprune.runner import Runner, Work
+from entprune.selection import DenseReference, StopRule
 
 _EVALUATION_BATCH = 256
 
@@ -44,6 +46,7 @@ class Network:
 
     Attributes:
         model: in eval mode, float32, on the CPU; never changed.
+        graph: its traced operations; tracing is no work for threads, which would disturb each other.
         groups: its channel groups and what cannot be pruned.
         refit_layers: layers that assembly re-estimates, in execution order.
         cost: its size for any widths.
@@ -51,6 +54,7 @@ class Network:
     """
 
     model: nn.Module
+    graph: fx.Graph
     groups: ChannelGroups
     refit_layers: tuple[str, ...]
     cost: CostModel
@@ -81,11 +85,13 @@ def analyse(model: nn.Module, input_shape: tuple[int, int, int], config: PruneCo
     """
     dense = copy.deepcopy(model).eval().float().cpu()
     groups = find_groups(dense, torch.zeros(2, *input_shape), keep=config.keep)
+    groups = confirm_groups(dense, groups, input_shape)
     if not groups.groups:
         reasons = "; ".join(f"{entry.layer}: {entry.reason}" for entry in groups.unprunable[:4]) or "it has no dense layers"
         raise ModelError(f"nothing in this network can be pruned ({reasons}); see `entprune inspect`.")
     return Network(
         model=dense,
+        graph=copy.deepcopy(trace(dense).graph),  # a copy does not hold on to the network
         groups=groups,
         refit_layers=dense_layers(dense),
         cost=build_cost_model(dense, groups, input_shape),
@@ -242,21 +248,35 @@ class PredictJob:
     device: str
 
 
-def predict_range(job: PredictJob, part: tuple[int, int]) -> np.ndarray:
-    """Unit: which images of a range are classified correctly."""
-    return predict_correct(
+def logits_range(job: PredictJob, part: tuple[int, int]) -> np.ndarray:
+    """Unit: (n, k) logits of a range of images."""
+    return predict_logits(
         copy.deepcopy(job.model), job.images.split, job.images.indices[slice(*part)], _EVALUATION_BATCH, job.device
     )
 
 
 def predict(model: nn.Module, images: ImageSet, config: PruneConfig, runner: Runner, *, stage: str) -> np.ndarray:
-    """(n,) bool: which images are classified correctly, computed in fixed ranges."""
+    """(n, k) float32 logits of a network on some images, computed in fixed ranges."""
     job = runner.share(PredictJob(model=model, images=images, device=config.device))
     parts = shards(len(images), 8, _EVALUATION_BATCH)
     try:
-        return np.concatenate(runner.run(predict_range, [Work(shared=job, item=part) for part in parts], stage=stage))
+        return np.concatenate(runner.run(logits_range, [Work(shared=job, item=part) for part in parts], stage=stage))
     finally:
         runner.release(job)
+
+
+def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:
+    """(n,) bool: whether the largest logit is that of the image's class; never where a logit is not finite."""
+    return (logits.argmax(1) == images.split.labels[images.indices]) & np.isfinite(logits).all(1)
+
+
+def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -> DenseReference:
+    """What candidates are compared with, from the dense network's logits (n, k)."""
+    return DenseReference(
+        labels=images.split.labels[images.indices],
+        probabilities=torch.from_numpy(logits).softmax(1).numpy(),
+        estimate=config.drop_estimate,
+    )
 
 
 # --- candidates -----------------------------------------------------------------------------------------------------
@@ -269,7 +289,7 @@ class CandidateJob:
     Attributes:
         data: calibration images and dense answers.
         validation: held-out images, None where nothing is selected on them.
-        dense_correct: (n,) which of them the dense network classifies correctly.
+        reference: the dense network's answers on them.
         stop: decides after each chunk whether the drop is known well enough.
     """
 
@@ -277,39 +297,9 @@ class CandidateJob:
     data: RefitData
     refit: RefitConfig
     validation: ImageSet | None
-    dense_correct: np.ndarray
+    reference: DenseReference | None
     stop: StopRule
     device: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StopRule:
-    """Stops scoring a candidate once its accuracy drop is clearly within or clearly beyond the budget.
-
-    Attributes:
-        max_drop: budget in points, None to score every image.
-        quantile: standard normal quantile of the confidence.
-        chunk: images between two looks.
-    """
-
-    max_drop: float | None
-    quantile: float
-    chunk: int = 1024
-
-    def bounds(self, dense_correct: np.ndarray, correct: np.ndarray) -> tuple[float, float, float]:
-        """Mean paired drop in points with its lower and upper confidence bounds."""
-        difference = 100.0 * (dense_correct.astype(np.float64) - correct)
-        mean = float(difference.mean())
-        error = float(difference.std(ddof=1)) / len(difference) ** 0.5 if len(difference) > 1 else float("inf")
-        return mean, mean - self.quantile * error, mean + self.quantile * error
-
-    def is_decided(self, dense_correct: np.ndarray, correct: np.ndarray) -> bool:
-        """Whether looking at more images can hardly change the verdict (twice the usual quantile)."""
-        if self.max_drop is None:
-            return False
-        mean, _, high = self.bounds(dense_correct, correct)
-        margin = 2.0 * (high - mean)
-        return mean - margin > self.max_drop or mean + margin < self.max_drop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -318,27 +308,28 @@ class CandidateScore:
 
     Attributes:
         state: its weights, name to array.
-        correct: (k,) verdicts on the first k validation images; empty without validation.
+        predicted: (j,) classes chosen for the first j validation images; empty without validation.
     """
 
     state: dict[str, np.ndarray]
-    correct: np.ndarray
+    predicted: np.ndarray
 
 
 def score_candidate(job: CandidateJob, plan: PruningPlan) -> CandidateScore:
     """Unit: assemble one plan and classify validation images until the stop rule is satisfied."""
     smaller = assemble(
-        job.network.model, job.network.groups, plan, data=job.data, config=job.refit, device=job.device
-    )
-    correct = np.zeros(0, dtype=np.bool_)
-    images = job.validation
-    while images is not None and len(correct) < len(images):
-        part = images.indices[len(correct) : len(correct) + job.stop.chunk]
-        answers = predict_correct(smaller, images.split, part, _EVALUATION_BATCH, job.device)
-        correct = np.concatenate([correct, answers])
-        if job.stop.is_decided(job.dense_correct[: len(correct)], correct):
+        job.network.model, job.network.groups, plan,
+        data=job.data, config=job.refit, graph=job.network.graph, device=job.device,
+    )  # fmt: skip
+    predicted = np.zeros(0, dtype=np.int64)
+    images, reference = job.validation, job.reference
+    while images is not None and reference is not None and len(predicted) < len(images):
+        part = images.indices[len(predicted) : len(predicted) + job.stop.chunk]
+        answers = predict_classes(smaller, images.split, part, _EVALUATION_BATCH, job.device)
+        predicted = np.concatenate([predicted, answers])
+        if job.stop.is_decided(reference.drops(predicted)):
             break
-    return CandidateScore(state=state_arrays(smaller), correct=correct)
+    return CandidateScore(state=state_arrays(smaller), predicted=predicted)
 
 
 def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:

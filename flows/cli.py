@@ -195,11 +195,8 @@ def prune(
 
 
 def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
-    from flows.environment import set_defaults
-
     if is_verbose:
-        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
-    set_defaults()
+        os.environ.update({"PREFECT_LOGGING_LEVEL": "INFO", "MLFLOW_LOGGING_LEVEL": "INFO"})
     from flows.parameters import parse_parameters
     from flows.preflight import hand_over, preflight
     from flows.progress_bar import RichReporter
@@ -208,8 +205,13 @@ def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
     with RichReporter() as reporter:
         reporter.started("check the input")
         inputs = preflight(parameters)
-        from flows.prune_model import prune_model  # starts what it needs only now: bad input has been refused
+        from tasks import tracking  # engines only now: bad input has been refused
         from tasks.progress import report_to
+
+        reporter.started("reach the tracking server")
+        tracking.check()
+        reporter.started("start the flow engine")
+        from flows.prune_model import prune_model
 
         with hand_over(parameters, inputs), report_to(reporter):
             report = prune_model(parameters)

@@ -6,8 +6,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import entprune
-
 _DEFAULTS = {
     # Nothing that runs from here reports home.
     "DO_NOT_TRACK": "true",
@@ -43,7 +41,8 @@ def cache_folder(given: Path | None) -> Path:
 
 def code_version() -> str:
     """Version of the package, with the commit where it runs from a checkout of its own."""
-    version = entprune.__version__
+    from entprune import __version__ as version  # noqa: PLC0415 -- imports torch, which `entprune --help` must not wait for
+
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return version

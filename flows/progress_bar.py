@@ -41,14 +41,16 @@ class RichReporter:
         self._step = ""
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if self._console.is_interactive:
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._clear()
-        self._progress.stop()
+        if self._console.is_interactive:
+            self._progress.stop()
 
     def started(self, stage: str) -> None:
         """Show a stage whose number of units is not known yet."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -28,7 +30,7 @@ from flows.environment import cache_folder, cluster_address, code_version
 from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
 from tasks import stages, tracking
-from tasks.actors import RayRunner
+from tasks.actors import RayRunner, accept_read_only_arrays
 from tasks.cluster import Cluster, WorkerShape, connect
 from tasks.progress import StageClock
 from tasks.stages import Engine, Workload
@@ -78,6 +80,8 @@ def prune_model(parameters: PruneParameters) -> dict[str, Any]:
     clock = StageClock()
     work = stages.load(partial(preflight, parameters), worker_config(parameters), parameters.budget(), clock)
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        accept_read_only_arrays()
         with clock.stage("start"):
             cluster = stack.enter_context(
                 connect(
@@ -152,7 +156,8 @@ def _publish(
             content["lineage"]["registered_version"] = version
         stages.report(content, outcome.paths, folder)
         tracking.log_artifacts(run_id, folder)
-    return content
+        written: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+    return written
 
 
 def _report(

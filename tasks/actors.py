@@ -27,6 +27,8 @@ _logger = logging.getLogger(__name__)
 _HELD_VALUES = 4
 _MAX_DEATHS = 3
 _START_SECONDS = 300.0
+_SETTLE_SECONDS = 30.0
+_LOOK_SECONDS = 2.0  # between two looks at workers that do not come up
 
 
 class Worker:
@@ -38,8 +40,7 @@ class Worker:
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        # Shared arrays are read-only on purpose; nothing writes to them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+        accept_read_only_arrays()
         self._held: OrderedDict[str, Any] = OrderedDict()
 
     def ready(self) -> bool:
@@ -61,6 +62,11 @@ class Worker:
             self._held[key] = ray.get(reference[0])
         self._held.move_to_end(key)
         return self._held[key]
+
+
+def accept_read_only_arrays() -> None:
+    """Silence torch about arrays in the object store: they are read-only on purpose, and nothing writes to them."""
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 
 class SharedValue:
@@ -88,14 +94,14 @@ class _Pool:
             self.start()
 
     def start(self) -> None:
-        actor = self._actor_class.remote(self._cluster.shape.threads)
+        actor: Any = self._actor_class.remote(self._cluster.shape.threads)
         self.starting[actor.ready.remote()] = actor
 
     def wait(self, stage: str) -> list[Any]:
         """References of the results that came in; workers that became ready join the idle ones."""
         deadline = time.monotonic() + _START_SECONDS
         while True:
-            ready, _ = ray.wait([*self.busy, *self.starting], num_returns=1, timeout=10.0)
+            ready, _ = ray.wait([*self.busy, *self.starting], num_returns=1, timeout=_LOOK_SECONDS)
             finished = [reference for reference in ready if reference in self.busy]
             for reference in ready:
                 if reference in self.starting:
@@ -150,6 +156,11 @@ class RayRunner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def settle(self) -> None:
+        """Wait until no worker is starting, so that nothing disturbs a measurement of time on this machine."""
+        if self._pool.starting:
+            ray.wait(list(self._pool.starting), num_returns=len(self._pool.starting), timeout=_SETTLE_SECONDS)
 
     def close(self) -> None:
         """Stop the workers."""

@@ -25,7 +25,7 @@ STAGE_VERSIONS = {
     "moments": 1,
     "paths": 1,
     "candidates": 1,
-    "verdicts": 1,
+    "logits": 1,
     "finetuned": 1,
 }
 
@@ -59,7 +59,7 @@ class StageKeys:
         return content_key("paths", {**self._statistics(), "group": hash_group(group), "setting": setting.to_dict()})
 
     def candidate(self, plan: PruningPlan) -> str:
-        """One assembled network with its verdicts; the budget does not matter."""
+        """One assembled network with its predictions; the budget does not matter."""
         refit = {
             "relative_ridge": self.config.relative_ridge,
             "reestimate_batchnorm": self.config.reestimate_batchnorm,
@@ -67,9 +67,9 @@ class StageKeys:
         inputs = {**self._statistics(), "plan": plan.digest(), "refit": refit, "validation": self.validation}
         return content_key("candidates", inputs)
 
-    def verdicts(self, model: nn.Module, images: str) -> str:
+    def logits(self, model: nn.Module, images: str) -> str:
         """Which images a network classifies correctly."""
-        return content_key("verdicts", {**self._numerics(), "network": hash_network(model), "images": images})
+        return content_key("logits", {**self._numerics(), "network": hash_network(model), "images": images})
 
     def finetuned(self, model: nn.Module, config: FinetuneConfig, train: str) -> str:
         """Weights after fine-tuning."""

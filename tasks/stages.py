@@ -1,4 +1,4 @@
-"""The stages of a pruning run as Prefect tasks: each makes one call into the library, or recalls an earlier result."""
+"""The stages of a pruning run as Prefect tasks: each makes one call into the library, or recalls a result."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ from entprune.report import write_report
 from entprune.runner import Work, torch_threads
 from entprune.search import SearchResult
 from entprune.search import search as search_budget
+from entprune.selection import DenseReference, StopRule
 from entprune.stages import (
     CandidateJob,
     CandidateScore,
     ImageSet,
     Network,
     SolveKey,
-    StopRule,
     answers_only,
+    dense_reference,
+    is_correct,
     predict,
     sampling_plan,
 )
@@ -235,7 +237,9 @@ def search(
 ) -> tuple[SearchResult, float]:
     """The smallest network within the budget, and the dense network's accuracy on the validation images."""
     with engine.clock.stage("search"):
-        job = _candidate_job(work, engine, statistics)
+        dense = logits_of(work, engine, work.network.model, work.validation, work.keys.validation, step="validate dense")
+        reference = dense_reference(dense, work.validation, work.config)
+        job = _candidate_job(work, statistics, reference)
         found = search_budget(
             paths,
             work.network.cost,
@@ -247,12 +251,11 @@ def search(
             on_score=lambda plan, score: keep_score(engine.store, work.keys.candidate(plan), score),
         )
         engine.clock.summarise(f"{len(found.candidates)} networks tried")
-        return found, 100.0 * float(job.dense_correct.mean())
+        return found, reference.accuracy()
 
 
-def _candidate_job(work: Workload, engine: Engine, statistics: Statistics) -> CandidateJob:
+def _candidate_job(work: Workload, statistics: Statistics, reference: DenseReference) -> CandidateJob:
     images, config = work.calibration, work.config
-    dense = work.network.model
     return CandidateJob(
         network=work.network,
         data=RefitData(
@@ -263,43 +266,44 @@ def _candidate_job(work: Workload, engine: Engine, statistics: Statistics) -> Ca
         ),
         refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),
         validation=work.validation,
-        dense_correct=verdicts(work, engine, dense, work.validation, work.keys.validation, step="validate dense"),
+        reference=reference,
         stop=StopRule(max_drop=work.budget.max_accuracy_drop, quantile=config.quantile),
         device=config.device,
     )
 
 
 def keep_score(store: Store, key: str, score: CandidateScore) -> None:
-    """Store an assembled network and its verdicts."""
-    arrays = {"correct": score.correct, **{f"state.{name}": value for name, value in score.state.items()}}
+    """Store an assembled network and its predictions."""
+    arrays = {"predicted": score.predicted, **{f"state.{name}": value for name, value in score.state.items()}}
     store.keep("candidates", key, lambda path: write_bundle(path, arrays, {"kind": "candidate"}))
 
 
 def recall_score(job: CandidateJob, store: Store, key: str) -> CandidateScore | None:
-    """A stored network with as many verdicts as the present stop rule asks for; None if there are too few."""
+    """A stored network with as many predictions as the present stop rule asks for; None if there are too few."""
     bundle = store.fetch("candidates", key, read_bundle)
-    if bundle is None or job.validation is None:
+    if bundle is None or job.reference is None:
         return None
-    correct = bundle[0].pop("correct")
+    predicted = bundle[0].pop("predicted")
     state = {name.removeprefix("state."): value for name, value in bundle[0].items()}
-    for stop in (*range(job.stop.chunk, len(job.validation), job.stop.chunk), len(job.validation)):
-        if stop > len(correct):
+    total = len(job.reference)
+    for stop in (*range(job.stop.chunk, total, job.stop.chunk), total):
+        if stop > len(predicted):
             return None
-        if stop == len(job.validation) or job.stop.is_decided(job.dense_correct[:stop], correct[:stop]):
-            return CandidateScore(state=state, correct=correct[:stop])
+        if stop == total or job.stop.is_decided(job.reference.drops(predicted[:stop])):
+            return CandidateScore(state=state, predicted=predicted[:stop])
     return None
 
 
-def verdicts(
+def logits_of(
     work: Workload, engine: Engine, model: nn.Module, images: ImageSet, images_key: str, *, step: str
 ) -> np.ndarray:
-    """(n,) bool: which images a network classifies correctly."""
+    """(n, k) logits of a network on some images."""
     return engine.store.remember(
-        "verdicts",
-        work.keys.verdicts(model, images_key),
+        "logits",
+        work.keys.logits(model, images_key),
         lambda: predict(model, images, work.config, engine.runner, stage=step),
-        load=lambda path: read_bundle(path)[0]["correct"],
-        save=lambda correct, path: write_bundle(path, {"correct": correct}, {"kind": "verdicts"}),
+        load=lambda path: read_bundle(path)[0]["logits"],
+        save=lambda logits, path: write_bundle(path, {"logits": logits}, {"kind": "logits"}),
     )
 
 
@@ -318,8 +322,8 @@ def certify(work: Workload, engine: Engine, smaller: nn.Module, plan: PruningPla
         if not certificate.passed:
             raise CertificateError(
                 "the smaller network differs from the masked full-size one by "
-                f"{certificate.max_abs_difference:g}, expected at most {certificate.tolerance:g}; nothing was written or "
-                "registered: please report the network."
+                f"{certificate.max_abs_difference:g}, expected at most {certificate.tolerance:g}; "
+                "nothing was written or registered: please report the network."
             )
         return certificate
 
@@ -365,11 +369,12 @@ def load_arrays(like: nn.Module, state: Mapping[str, np.ndarray]) -> nn.Module:
 def measure(work: Workload, engine: Engine, models: Mapping[str, nn.Module]) -> dict[str, Measurement]:
     """Figures of each network; the only stage that reads the test split."""
     with engine.clock.stage("measure"):
+        engine.runner.settle()
         return {name: _measure_one(work, engine, model, name) for name, model in models.items()}
 
 
 def _measure_one(work: Workload, engine: Engine, model: nn.Module, name: str) -> Measurement:
-    correct = verdicts(work, engine, model, work.test, work.keys.test, step=f"measure {name}")
+    correct = is_correct(logits_of(work, engine, model, work.test, work.keys.test, step=f"measure {name}"), work.test)
     shape = work.network.input_shape
     with torch_threads(work.config.threads):
         latency_ms = measure_latency(model, shape, repeats=_LATENCY_REPEATS)
@@ -400,9 +405,8 @@ def report(content: Mapping[str, Any], paths: Mapping[str, SparsityPath], direct
 def track(run_id: str, content: Mapping[str, Any], paths: Mapping[str, SparsityPath]) -> None:
     """Log the figures of a run, of its candidates, its groups and its hyperparameter settings."""
     figures = {name: content[name] for name in ("dense", "one_shot", "fine_tuned") if content[name] is not None}
-    tracking.log_stage(
-        run_id, {**figures, "certificate": content["certificate"], "seconds": content["timings_seconds"]}
-    )
+    others = {"certificate": content["certificate"], "seconds": content["timings_seconds"]}
+    tracking.log_stage(run_id, {**figures, **others})
     for number, candidate in enumerate(content["candidates"], start=1):
         tracking.log_stage(run_id, {"candidate": {k: v for k, v in candidate.items() if k != "widths"}}, step=number)
     tracking.log_groups(run_id, content)

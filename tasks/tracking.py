@@ -113,11 +113,12 @@ def open_run(experiment: str, run_name: str, tags: Mapping[str, Any]) -> str:
 
 
 def log_settings(run_id: str, params: Mapping[str, Any]) -> None:
-    """Record what the run was asked to do; nested mappings get dotted names, sequences are written as JSON."""
+    """Record what the run was asked to do, as far as it was; nested mappings get dotted names, sequences become JSON."""
     from mlflow.entities import Param
 
+    entries = [Param(key(name), text(value)) for name, value in flatten(params) if value is not None]
     with _reported("log parameters"):
-        for part in parts([Param(key(name), text(value)) for name, value in flatten(params)], _PARAMS_PER_REQUEST):
+        for part in parts(entries, _PARAMS_PER_REQUEST):
             _client().log_batch(run_id, params=part)
 
 
@@ -156,11 +157,9 @@ def log_groups(run_id: str, report: Mapping[str, Any]) -> None:
     """Record what became of each group; the step is the group's number in execution order."""
     metrics: list[Metric] = []
     for number, group in enumerate(report["groups"]):
-        numbers = {
-            "group.kept_fraction": group["kept"] / group["channels"],
-            **{f"group.{name}": group[name] for name in ("reconstruction_error", "entropy", "effective_channels")},
-        }
-        metrics += [_metric(name, value, number) for name, value in numbers.items() if value is not None]
+        numbers = {name: group[name] for name in ("reconstruction_error", "entropy", "effective_channels")}
+        numbers["kept_fraction"] = group["kept"] / group["channels"]
+        metrics += [_metric(f"group.{name}", value, number) for name, value in numbers.items() if value is not None]
     _log_metrics(run_id, metrics)
 
 
@@ -206,9 +205,8 @@ def _artifact_location() -> str | None:
 
 
 def _create_run(experiment_id: str, run_name: str, tags: Mapping[str, Any]) -> str:
-    own = {"mlflow.source.name": "entprune", "mlflow.source.type": "LOCAL"}
-    run = _client().create_run(experiment_id, run_name=run_name, tags={**own, **texts(tags)})
-    return str(run.info.run_id)
+    everywhere = {"mlflow.source.name": "entprune", "mlflow.source.type": "LOCAL"}
+    return str(_client().create_run(experiment_id, run_name=run_name, tags=everywhere | texts(tags)).info.run_id)
 
 
 def _summarise_setting(paths: Mapping[str, SparsityPath], number: int) -> dict[str, float]:

@@ -79,7 +79,7 @@ def some_point(size: int, seed: int) -> np.ndarray:
 
 
 def converged(problem: GroupProblem, l2_weight: float, entropy_weight: float) -> np.ndarray:
-    w, _ = alternate(initial_state(problem), l2_weight=l2_weight, entropy_weight=entropy_weight, iterations=400)
+    w, _ = alternate(initial_state(problem), l2_weight=l2_weight, entropy_weight=entropy_weight, iterations=250)
     return w.numpy()
 
 
@@ -157,8 +157,9 @@ def test_both_forms_of_the_probability_step_agree_at_a_stationary_point(
     problem, l2_weight, w = stationary_point(c, seed, relative_entropy)
     layer_weights = [naive_layer_weight(consumer, w, l2_weight) for consumer in problem.consumers]
     moved = quadratic_probability_step(
-        problem, [torch.from_numpy(x) for x in layer_weights], entropy_weight=relative_entropy, current=torch.from_numpy(w)
-    ).numpy()
+        problem, [torch.from_numpy(x) for x in layer_weights],
+        entropy_weight=relative_entropy, current=torch.from_numpy(w), iterations=200,
+    ).numpy()  # fmt: skip
     before = naive_objective(problem, layer_weights, w, l2_weight, relative_entropy)
     after = naive_objective(problem, layer_weights, moved, l2_weight, relative_entropy)
     assert after <= before + 1e-12
@@ -204,8 +205,9 @@ def test_quadratic_step_stays_on_the_simplex_and_never_goes_uphill(c: int, entro
     generator = np.random.default_rng(seed)
     layer_weights = [generator.normal(size=consumer.weight.shape) for consumer in problem.consumers]
     moved = quadratic_probability_step(
-        problem, [torch.from_numpy(x) for x in layer_weights], entropy_weight=entropy_weight, current=torch.from_numpy(w)
-    ).numpy()
+        problem, [torch.from_numpy(x) for x in layer_weights],
+        entropy_weight=entropy_weight, current=torch.from_numpy(w), iterations=60,
+    ).numpy()  # fmt: skip
     assert moved.min() >= 0
     assert moved.sum() == pytest.approx(1.0)
     before, after = (naive_objective(problem, layer_weights, x, 0.0, entropy_weight) for x in (w, moved))
@@ -218,7 +220,7 @@ def test_quadratic_step_reaches_the_minimum_of_a_convex_problem() -> None:
     layer_weights = [3.0 * problem.consumers[0].weight]  # the best w is one third each: Lambda D = W
     start = torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64)
     moved = quadratic_probability_step(
-        problem, [torch.from_numpy(layer_weights[0])], entropy_weight=0.0, current=start, iterations=5000
+        problem, [torch.from_numpy(layer_weights[0])], entropy_weight=0.0, current=start, iterations=2000
     )
     np.testing.assert_allclose(moved, np.full(3, 1 / 3), atol=1e-3)
 

@@ -1,0 +1,293 @@
+"""The whole run: data in, smaller network out, the same plan however many workers there are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import entprune
+from entprune.checkpoints import save_state, sha256_file
+from entprune.datasets import ImageData, load_data, split_training
+from entprune.errors import CertificateError, CheckpointError, EngineError, EntpruneError, OutputError
+from entprune.models import build_model
+from entprune.runner import InProcessRunner
+from entprune.training import TrainConfig, train
+from flows.parameters import PruneParameters
+from flows.prune_model import prune_model, worker_config, worker_shape
+from tasks.cluster import connect
+from tasks.progress import report_to
+from tasks.stages import cut_out, is_worth_retrying
+from tasks.tracking import load_registered
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+
+class Recorder:
+    """Notes every unit that a run's workers did."""
+
+    def __init__(self) -> None:
+        self.units: list[str] = []
+        self.finished_stages: list[str] = []
+
+    def started(self, stage: str) -> None:
+        """Nothing to note."""
+
+    def advanced(self, stage: str, step: str, done: int, total: int) -> None:
+        self.units.append(stage)
+
+    def finished(self, stage: str, seconds: float, summary: str) -> None:
+        self.finished_stages.append(stage)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all runs of this module stand on."""
+
+    folder: Path
+    data: ImageData
+    model: torch.nn.Module
+    checkpoint: Path
+
+    def parameters(self, name: str, **changes: Any) -> PruneParameters:
+        values = {
+            "model": "digits_cnn",
+            "checkpoint": self.checkpoint,
+            "data": "digits",
+            "max_accuracy_drop": 2.0,
+            "calibration_samples": 256,
+            "validation_samples": 300,
+            "workers": 2,
+            "output": self.folder / name,
+            "cache_dir": self.folder / "cache",
+            "overrides": {"min_rows": 1000, "max_rounds": 2},
+        }
+        return PruneParameters(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+    folder = tmp_path_factory.mktemp("flow")
+    data = load_data("digits")
+    model = build_model("digits_cnn", num_classes=data.num_classes, input_shape=data.input_shape)
+    trained = train(model, data, TrainConfig(epochs=3)).model
+    save_state(trained, folder / "dense.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        with connect(None, workers=4):  # used by every run below
+            yield Ground(folder=folder, data=data, model=trained, checkpoint=folder / "dense.safetensors")
+
+
+def run(parameters: PruneParameters) -> tuple[dict[str, Any], Recorder]:
+    recorder = Recorder()
+    with report_to(recorder):
+        return prune_model(parameters), recorder
+
+
+@pytest.fixture(scope="module")
+def first(ground: Ground) -> tuple[dict[str, Any], Recorder]:
+    return run(ground.parameters("first", register="digits"))
+
+
+def plan_of(report: dict[str, Any]) -> str:
+    return entprune.PruningPlan.from_dict(report["plan"]).digest()
+
+
+def failed_runs() -> int:
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("entprune")
+    return len(client.search_runs([experiment.experiment_id], "attributes.status = 'FAILED'"))
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def test_report_is_complete_and_true(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
+    report, _ = first
+    folder = ground.folder / "first"
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert report["certificate"]["passed"]
+    assert report["one_shot"]["parameters"] < report["dense"]["parameters"]
+    assert report["fine_tuned"] is None
+    assert report["data"]["test_samples"] == len(ground.data.test)
+    lineage = report["lineage"]
+    assert lineage["checkpoint_sha256"] == sha256_file(ground.checkpoint)
+    assert lineage["data_sha256"] == ground.data.sha256
+    assert lineage["prefect_flow_run_id"]
+    assert lineage["code_version"].startswith(entprune.__version__)
+    assert {"plan.json", "report.html", "report.json"} <= {path.name for path in folder.iterdir()}
+    assert not [path.name for path in ground.folder.iterdir() if path.name.endswith(".partial")]
+
+
+def test_every_stage_is_reported_and_timed(first: tuple[dict[str, Any], Recorder]) -> None:
+    report, recorder = first
+    stages = ["load", "start", "calibrate", "solve", "search", "certify", "measure"]
+    assert recorder.finished_stages == [*stages, "publish"]
+    assert set(report["timings_seconds"]) == {*stages, "total"}
+    assert {"calibrate", "solve", "search", "measure"} == set(recorder.units)
+
+
+def test_saved_network_scores_what_the_report_says(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
+    report, _ = first
+    model = entprune.load(ground.folder / "first" / "model")
+    images = ground.data.test.batch(np.arange(len(ground.data.test)))
+    with torch.inference_mode():
+        correct = (model(images).argmax(1).numpy() == ground.data.test.labels).mean()
+    assert report["one_shot"]["accuracy"] == pytest.approx(100 * correct, abs=1e-3)
+    assert sum(p.numel() for p in model.parameters()) == report["one_shot"]["parameters"]
+
+
+def test_registered_network_answers_as_the_saved_one(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
+    report, _ = first
+    assert report["lineage"]["registered_version"] == 1
+    images = ground.data.test.batch(np.arange(5))
+    registered = load_registered("models:/digits@challenger").model
+    with torch.inference_mode():
+        difference = registered(images) - entprune.load(ground.folder / "first" / "model")(images)
+    assert float(difference.abs().max()) < 1e-4
+
+
+def test_mlflow_run_holds_figures_lineage_and_artifacts(first: tuple[dict[str, Any], Recorder]) -> None:
+    report, _ = first
+    client = MlflowClient()
+    tracked = client.get_run(report["lineage"]["mlflow_run_id"])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["one_shot.accuracy"] == report["one_shot"]["accuracy"]
+    assert tracked.data.tags["checkpoint_sha256"] == report["lineage"]["checkpoint_sha256"]
+    assert tracked.data.params["config.min_rows"] == "1000"
+    names = {artifact.path for artifact in client.list_artifacts(tracked.info.run_id)}
+    assert {"report.json", "report.html", "plan.json", "paths", "plots", "model"} <= names
+    children = client.search_runs([tracked.info.experiment_id], f"tags.`mlflow.parentRunId` = '{tracked.info.run_id}'")
+    assert len(children) == len(report["settings"]["settings"])
+
+
+# --- the same plan everywhere -----------------------------------------------------------------------------------------
+
+
+def test_one_worker_gives_the_same_plan(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
+    alone, recorder = run(ground.parameters("alone", workers=1, cache_dir=ground.folder / "other cache"))
+    assert plan_of(alone) == plan_of(first[0])
+    assert recorder.units == first[1].units
+    for name in ("accuracy", "parameters", "macs"):
+        assert alone["one_shot"][name] == first[0]["one_shot"][name]
+
+
+def test_library_in_process_gives_the_same_plan(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
+    parameters = ground.parameters("first")
+    calibration, validation = split_training(ground.data, calibration=256, validation=300, seed=0)
+    result = entprune.prune(
+        ground.model,
+        cut_out(ground.data.train, calibration).split,
+        budget=parameters.budget(),
+        evaluate=cut_out(ground.data.train, validation).split,
+        test=ground.data.test,
+        config=parameters.config(),
+        runner=InProcessRunner(),
+    )
+    assert result.plan.digest() == plan_of(first[0])
+    assert result.report["one_shot"]["accuracy"] == first[0]["one_shot"]["accuracy"]
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_second_run_computes_nothing(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
+    again, recorder = run(ground.parameters("first"))  # over the older result
+    assert recorder.units == []
+    assert plan_of(again) == plan_of(first[0])
+    assert json.loads((ground.folder / "first" / "report.json").read_text()) == again
+
+
+def test_second_budget_pays_for_its_candidate_alone(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
+    other, recorder = run(ground.parameters("size", max_accuracy_drop=None, parameters_removed=0.5))
+    assert set(recorder.units) == {"search", "measure"}
+    assert other["one_shot"]["parameters_removed"] >= 0.5
+
+
+def test_damaged_result_is_computed_again(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
+    stored = min((ground.folder / "cache" / "store" / "paths").iterdir())
+    stored.write_bytes(stored.read_bytes()[:-1])
+    again, recorder = run(ground.parameters("repaired"))
+    assert recorder.units == ["solve"]
+    assert plan_of(again) == plan_of(first[0])
+
+
+def test_fine_tuned_network_is_measured_beside_the_one_shot_one(
+    ground: Ground, first: tuple[dict[str, Any], Recorder]
+) -> None:
+    tuned, recorder = run(ground.parameters("tuned", finetune_epochs=1))
+    assert set(recorder.units) == {"finetune", "measure"}
+    assert tuned["one_shot"]["accuracy"] == first[0]["one_shot"]["accuracy"]
+    assert tuned["fine_tuned"]["parameters"] == tuned["one_shot"]["parameters"]
+    assert tuned["certificate"]["passed"]
+    saved = entprune.load(ground.folder / "tuned" / "model").state_dict()
+    one_shot = entprune.load(ground.folder / "first" / "model").state_dict()
+    assert any(not torch.equal(saved[name], one_shot[name]) for name in saved)
+
+
+# --- failing ----------------------------------------------------------------------------------------------------------
+
+
+def test_failed_certificate_leaves_nothing_and_fails_the_tracked_run(
+    ground: Ground, first: tuple[dict[str, Any], Recorder]
+) -> None:
+    before = failed_runs()
+    overrides = {"min_rows": 1000, "max_rounds": 2, "certificate_tolerance": -1.0}
+    with pytest.raises(CertificateError, match="differs from the masked full-size one"):
+        run(ground.parameters("uncertain", overrides=overrides, register="uncertain"))
+    assert not (ground.folder / "uncertain").exists()
+    assert failed_runs() == before + 1
+    assert not MlflowClient().search_registered_models("name = 'uncertain'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"checkpoint": Path("nowhere.pt")}, CheckpointError, "nowhere.pt"),
+        ({"workers": 500}, EngineError, r"asked for 500 worker\(s\)"),
+        ({"device": "cpu", "gpus_per_worker": 4.0}, EngineError, "4 GPU"),
+    ],
+)
+def test_unusable_input_ends_in_one_sentence(
+    ground: Ground, changes: dict[str, Any], error: type[EntpruneError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(ground.parameters("unusable", **changes))
+    assert not (ground.folder / "unusable").exists()
+
+
+def test_foreign_folder_is_not_replaced(ground: Ground) -> None:
+    folder = ground.folder / "foreign"
+    folder.mkdir()
+    (folder / "thesis.txt").touch()
+    with pytest.raises(OutputError, match="other files"):
+        run(ground.parameters("foreign"))
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+# --- what a worker gets -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "gpus"), [("cpu", 0.0, 0.0), ("cuda", 0.0, 1.0), ("cuda:1", 0.5, 0.5), ("cpu", 1.0, 1.0)]
+)
+def test_worker_on_a_gpu_gets_one(ground: Ground, device: str, asked: float, gpus: float) -> None:
+    parameters = ground.parameters("any", device=device, gpus_per_worker=asked)
+    assert worker_shape(parameters).gpus == gpus
+    assert worker_config(parameters).device == device.partition(":")[0]
+
+
+def test_only_failures_of_unknown_cause_are_tried_again() -> None:
+    class State:
+        def __init__(self, data: Any) -> None:
+            self.data = data
+
+    assert is_worth_retrying(None, None, State(RuntimeError("flaky")))
+    assert not is_worth_retrying(None, None, State(CertificateError("certain")))

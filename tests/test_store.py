@@ -1,0 +1,257 @@
+"""Stored results: found again on the same inputs alone, refused when damaged, never a reason to fail."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from entprune import PathSetting, PruneConfig
+from entprune.datasets import ArraySplit, ImageData
+from entprune.finetune import FinetuneConfig
+from entprune.groups import find_groups
+from entprune.models import build_model
+from entprune.plan import full_plan
+from entprune.selection import DenseReference, StopRule
+from entprune.stages import CandidateScore
+from entprune.storage import read_bundle, write_bundle
+from tasks import keys
+from tasks.keys import StageKeys, content_key, hash_arrays, hash_images, hash_network
+from tasks.stages import cut_out, keep_score, recall_score
+from tasks.store import Store
+
+
+def save_number(number: int, path: Path) -> None:
+    write_bundle(path, {"number": np.array([number])}, {})
+
+
+def load_number(path: Path) -> int:
+    return int(read_bundle(path)[0]["number"][0])
+
+
+class Counted:
+    """A stage that counts its runs."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.runs = store, 0
+
+    def __call__(self) -> int:
+        return self.store.remember("verdicts", "key", self._compute, load=load_number, save=save_number)
+
+    def _compute(self) -> int:
+        self.runs += 1
+        return 7
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+def test_result_is_computed_once(tmp_path: Path) -> None:
+    stage = Counted(Store(tmp_path))
+    assert [stage(), stage(), Counted(Store(tmp_path))()] == [7, 7, 7]
+    assert stage.runs == 1
+    assert stage.store.reused["verdicts"] == 1
+
+
+def test_missing_result_is_none(tmp_path: Path) -> None:
+    assert Store(tmp_path).fetch("verdicts", "key", load_number) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_damaged_result_is_deleted_and_computed_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Counted(Store(tmp_path))
+    stage()
+    path = stage.store.path("verdicts", "key")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes({"cut": bytes(content[:-3]), "flipped": bytes(content), "empty": b""}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert stage() == 7
+    assert stage.runs == 2
+    assert "damaged and will be computed again" in caplog.text
+    assert load_number(path) == 7
+
+
+def test_store_that_cannot_be_written_costs_nothing_but_the_results(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    stage = Counted(Store(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        assert [stage(), stage()] == [7, 7]
+    assert caplog.text.count("results of this run are not stored") == 1
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def small_network(stride: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=stride), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+
+
+def make_network(stride: int = 1) -> nn.Module:
+    network = small_network(stride)
+    network(torch.zeros(1, 1, 6, 6))
+    return network
+
+
+def test_equal_networks_have_equal_hashes() -> None:
+    assert hash_network(make_network()) == hash_network(make_network())
+
+
+def test_network_hash_sees_weights_settings_and_forward_pass() -> None:
+    changed = make_network()
+    with torch.no_grad():
+        changed[0].weight[0, 0, 0, 0] += 1e-6
+    swapped = make_network()
+    swapped[1] = nn.Tanh()
+    hashes = {hash_network(network) for network in (make_network(), changed, swapped)}
+    assert len(hashes) == 3
+    padded, plain = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3)
+    plain.load_state_dict(padded.state_dict())
+    assert hash_network(nn.Sequential(padded)) != hash_network(nn.Sequential(plain))
+
+
+def test_array_hash_sees_names_dtypes_shapes_and_values() -> None:
+    array = np.arange(6)
+    variants = [
+        {"a": array},
+        {"b": array},
+        {"a": array.astype(np.int32)},
+        {"a": array.reshape(2, 3)},
+        {"a": array[::-1]},
+    ]
+    assert len({hash_arrays(variant) for variant in variants}) == len(variants)
+    assert hash_arrays({"a": array, "b": array}) == hash_arrays({"b": array, "a": array.copy()})
+
+
+def test_key_depends_on_stage_inputs_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content_key("paths", {"x": 1, "y": 2})
+    assert before == content_key("paths", {"y": 2, "x": 1})
+    assert before != content_key("paths", {"x": 1, "y": 3})
+    assert before != content_key("moments", {"x": 1, "y": 2})
+    monkeypatch.setitem(keys.STAGE_VERSIONS, "paths", keys.STAGE_VERSIONS["paths"] + 1)
+    assert before != content_key("paths", {"x": 1, "y": 2})
+
+
+def all_keys(stage_keys: StageKeys) -> dict[str, str]:
+    model = build_model("digits_cnn", num_classes=10, input_shape=(1, 8, 8))
+    groups = find_groups(model, torch.zeros(2, 1, 8, 8))
+    return {
+        "answers": stage_keys.answers(("a",)),
+        "moments": stage_keys.moments(("a",)),
+        "path": stage_keys.path(groups.groups[0], PathSetting()),
+        "candidate": stage_keys.candidate(full_plan(groups)),
+        "logits": stage_keys.logits(model, stage_keys.validation),
+        "finetuned": stage_keys.finetuned(model, FinetuneConfig(), stage_keys.validation),
+    }
+
+
+BASE = StageKeys(network="n", calibration="c", validation="v", test="t", config=PruneConfig())
+STATISTICS = {"answers", "moments", "path", "candidate"}
+
+
+@pytest.mark.parametrize(
+    ("change", "affected"),
+    [
+        ({"network": "other"}, STATISTICS | {"finetuned"}),
+        ({"calibration": "other"}, STATISTICS),
+        ({"validation": "other"}, {"candidate", "logits", "finetuned"}),
+        ({"test": "other"}, set()),
+        ({"config": PruneConfig(seed=1)}, STATISTICS),
+        ({"config": PruneConfig(min_rows=9)}, STATISTICS),
+        ({"config": PruneConfig(threads=2)}, STATISTICS | {"logits"}),
+        ({"config": PruneConfig(relative_ridge=0.1)}, {"candidate"}),
+        ({"config": PruneConfig(max_rounds=9, confidence=0.9, minimum_channels=2)}, set()),
+    ],
+)
+def test_each_result_depends_on_what_matters_for_it(change: dict, affected: set[str]) -> None:
+    before, after = all_keys(BASE), all_keys(replace(BASE, **change))
+    assert {name for name in before if before[name] != after[name]} == affected
+
+
+def test_image_hash_sees_normalisation_order_and_split() -> None:
+    split = ArraySplit(images=np.zeros((4, 1, 2, 2), np.uint8), labels=np.zeros(4, np.int64), mean=(0.0,), std=(1.0,))
+    data = ImageData(
+        name="d", train=split, test=split, num_classes=2, input_shape=(1, 2, 2), mean=(0.0,), std=(1.0,),
+        class_names=("a", "b"), sha256="s",
+    )  # fmt: skip
+    indices = np.arange(3)
+    hashes = [
+        hash_images(data, "train", indices),
+        hash_images(data, "test", indices),
+        hash_images(data, "train", indices[::-1]),
+        hash_images(replace(data, mean=(0.1,)), "train", indices),
+        hash_images(replace(data, sha256="other"), "train", indices),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert hash_images(data, "train", indices.astype(np.int32)) == hashes[0]
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+def test_cut_out_images_are_those_of_the_split() -> None:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 255, (9, 1, 2, 2), dtype=np.uint8)
+    split = ArraySplit(images=pixels, labels=np.arange(9), mean=(0.5,), std=(0.2,))
+    indices = np.array([7, 1, 4])
+    cut = cut_out(split, indices)
+    assert len(cut) == 3
+    assert torch.equal(cut.split.batch(cut.indices), split.batch(indices))
+    np.testing.assert_array_equal(cut.split.labels[cut.indices], indices)
+
+
+class FakeJob:
+    """The part of a candidate job that recalling reads."""
+
+    def __init__(self, probabilities: np.ndarray, stop: StopRule) -> None:
+        labels = np.zeros(len(probabilities), np.int64)
+        self.reference = DenseReference(labels=labels, probabilities=probabilities, estimate="posterior")
+        self.stop = stop
+
+
+def scored(job: FakeJob, predicted: np.ndarray) -> np.ndarray:
+    """Oracle: the loop of the unit that scores a candidate, on predictions known in advance."""
+    seen = 0
+    while seen < len(predicted):
+        seen = min(seen + job.stop.chunk, len(predicted))
+        if job.stop.is_decided(job.reference.drops(predicted[:seen])):
+            break
+    return predicted[:seen]
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    size=st.integers(2, 60),
+    chunk=st.integers(2, 20),
+    first=st.floats(0.0, 50.0),
+    second=st.floats(0.0, 50.0),
+)
+def test_score_of_an_earlier_budget_is_what_this_budget_would_give(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, size: int, chunk: int, first: float, second: float
+) -> None:
+    generator = np.random.default_rng(seed)
+    dense = generator.dirichlet(np.ones(3), size).astype(np.float32)
+    predicted = np.where(generator.random(size) < 0.8, dense.argmax(1), generator.integers(0, 3, size))
+    store = Store(tmp_path_factory.mktemp("store"))
+    earlier = scored(FakeJob(dense, StopRule(max_drop=first, quantile=0.84, chunk=chunk)), predicted)
+    keep_score(store, "key", CandidateScore(state={"w": np.ones(2, np.float32)}, predicted=earlier))
+    job = FakeJob(dense, StopRule(max_drop=second, quantile=0.84, chunk=chunk))
+    expected, recalled = scored(job, predicted), recall_score(job, store, "key")
+    if recalled is None:
+        assert len(earlier) < len(expected)
+    else:
+        np.testing.assert_array_equal(recalled.predicted, expected)
+        np.testing.assert_array_equal(recalled.state["w"], np.ones(2, np.float32))
