@@ -100,7 +100,7 @@ class PruneConfig:
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
     drop_estimate: DropEstimate = "posterior"
-    confidence: float = 0.8
+    confidence: float = 0.9
     candidates_per_round: int = 2
     max_rounds: int = 5
     resolution: float = 1.05

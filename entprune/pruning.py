@@ -109,7 +109,8 @@ def prune(
         calibration: unlabelled images (n, C, H, W), normalised as the network expects; an array, a tensor, an iterable of batches
             (a DataLoader; of pairs the first part is taken), or an image split.
         budget: accuracy points, parameters or MACs.
-        evaluate: held-out labelled images on which candidates are selected, as (images, labels) or a split; needed for an accuracy budget.
+        evaluate: held-out labelled images on which candidates are selected, as (images, labels), a loader of such pairs, or a split;
+            needed for an accuracy budget.
         test: labelled images for the final figures alone; without them the report's accuracies are null.
         config: settings; the defaults are meant to be left alone.
         runner: who runs the units; in this process by default.
@@ -122,7 +123,8 @@ def prune(
     """
     config = config or PruneConfig()
     images = whole_split(as_split(calibration), config.calibration_samples)
-    validation = None if evaluate is None else whole_split(as_split(evaluate), config.validation_samples)
+    validation = None if evaluate is None else whole_split(as_split(evaluate, labelled=True), config.validation_samples)
+    test_set = None if test is None else whole_split(as_split(test, labelled=True), None)
     if validation is None and budget.kind == "max_accuracy_drop":
         raise DataError("an accuracy budget needs labelled images: pass evaluate=(images, labels), or ask for a size.")
     runner = runner or InProcessRunner(threads=config.threads, progress=progress)
@@ -140,7 +142,6 @@ def prune(
     with watch.stage("certify"):
         smaller = build_smaller(network, found)
         certificate = certify_result(network, smaller, found.chosen.plan, images, config)
-    test_set = None if test is None else whole_split(as_split(test), None)
     with watch.stage("measure"):
         dense_figures = measure_network(network.model, network, test_set, config, runner, stage="measure dense")
         small_figures = measure_network(smaller, network, test_set, config, runner, stage="measure pruned")
@@ -169,11 +170,15 @@ def prune(
 # --- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def as_split(images: Any) -> ImageSplit:
-    """Accept a split, (images, labels), an array or tensor (n, C, H, W), or an iterable of batches.
+def as_split(images: Any, *, labelled: bool = False) -> ImageSplit:
+    """Accept a split, (images, labels), an array or tensor (n, C, H, W), or an iterable of batches or of such pairs.
+
+    Args:
+        images: any of these.
+        labelled: whether the labels are needed; without it zeros stand in for missing ones.
 
     Raises:
-        DataError: none of these, an empty input, or values that are not finite.
+        DataError: none of these, an empty input, missing labels, or values that are not finite.
     """
     if hasattr(images, "batch") and hasattr(images, "labels"):
         return images  # type: ignore[no-any-return]
@@ -181,20 +186,29 @@ def as_split(images: Any) -> ImageSplit:
     if isinstance(images, tuple) and len(images) == 2:
         images, labels = images
     if not isinstance(images, (np.ndarray, Tensor)):
-        parts = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in images]
-        if not parts:
-            raise DataError("expected at least one batch of images, got none.")
-        images = torch.cat([torch.as_tensor(part) for part in parts])
+        images, labels = _join_batches(images, labels, labelled)
     array = np.asarray(images, dtype=np.float32)
     if array.ndim != 4 or not len(array):
         raise DataError(f"expected images of shape (n, C, H, W), got {array.shape}; add the missing axes.")
     if not np.isfinite(array).all():
         raise DataError("expected finite images, got NaN or infinity; clean the data.")
+    if labelled and labels is None:
+        raise DataError("expected labelled images, got images alone; pass (images, labels), or a loader of such pairs.")
     given = np.zeros(len(array), dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
     if given.shape != (len(array),):
         raise DataError(f"expected one label per image, got {given.shape} labels for {len(array)} images.")
     channels = array.shape[1]
     return ArraySplit(images=array, labels=given, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def _join_batches(batches: Iterable[Any], labels: Any, labelled: bool) -> tuple[Tensor, Any]:
+    """Images, and where they are needed labels, unless these are given or a batch comes without."""
+    parts = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in batches]
+    if not parts:
+        raise DataError("expected at least one batch of images, got none.")
+    if labelled and labels is None and all(len(part) > 1 for part in parts):
+        labels = torch.cat([torch.as_tensor(part[1]) for part in parts])
+    return torch.cat([torch.as_tensor(part[0]) for part in parts]), labels
 
 
 def whole_split(split: ImageSplit, limit: int | None) -> ImageSet:

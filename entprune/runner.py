@@ -75,12 +75,15 @@ class InProcessRunner:
         order = largest_first(work)
         with torch_threads(self._threads), ThreadPoolExecutor(self._workers) as pool:
             futures = [(number, pool.submit(self._call, unit, work[number])) for number in order]
-            for done, (number, future) in enumerate(futures, start=1):
-                results[number] = future.result()
-                if on_result is not None:
-                    on_result(number, results[number])
-                if self._progress is not None:
-                    self._progress(stage, done, len(work))
+            try:
+                for done, (number, future) in enumerate(futures, start=1):
+                    results[number] = future.result()
+                    if on_result is not None:
+                        on_result(number, results[number])
+                    if self._progress is not None:
+                        self._progress(stage, done, len(work))
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)  # after an error nothing new is begun
         return results
 
     def _call(self, unit: Unit, work: Work) -> Any:

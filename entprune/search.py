@@ -248,7 +248,7 @@ def _by_accuracy(
     low, high = _smallest_fraction(problem), 1.0
     best: Candidate | None = None
     for number in range(1, config.max_rounds + 1):
-        if high / low <= config.resolution:
+        if number > 1 and high / low <= config.resolution:
             break
         inner = np.geomspace(low, high, config.candidates_per_round + 2)[1:-1]
         plans = [plan_for_widths(paths, allocate(problem, float(fraction))) for fraction in inner]
@@ -273,4 +273,4 @@ def _smallest_fraction(problem: AllocationProblem) -> float:
     least = problem.cost.evaluate(problem.smallest(), problem.objective) / dense
     if least >= 1.0:
         raise ConfigError("the least widths leave nothing to remove; lower the floor per group.")
-    return max(least * 1.0001, _SMALLEST_FRACTION)
+    return min(max(least * 1.0001, _SMALLEST_FRACTION), 1.0)

@@ -28,7 +28,7 @@ from entprune.calibration import (
 )
 from entprune.certificate import confirm_groups
 from entprune.config import PruneConfig
-from entprune.errors import ModelError
+from entprune.errors import DataError, ModelError
 from entprune.evaluation import ImageSplit, predict_classes, predict_logits
 from entprune.groups import ChannelGroup, ChannelGroups, find_groups, trace
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
@@ -81,9 +81,10 @@ def analyse(model: nn.Module, input_shape: tuple[int, int, int], config: PruneCo
     """Find groups and costs on a copy of the network.
 
     Raises:
-        ModelError: the network cannot be traced, or nothing in it can be pruned.
+        ModelError: a weight is not finite, the network cannot be traced, or nothing in it can be pruned.
     """
     dense = copy.deepcopy(model).eval().float().cpu()
+    _check_finite(dense)
     groups = find_groups(dense, torch.zeros(2, *input_shape), keep=config.keep)
     groups = confirm_groups(dense, groups, input_shape)
     if not groups.groups:
@@ -97,6 +98,12 @@ def analyse(model: nn.Module, input_shape: tuple[int, int, int], config: PruneCo
         cost=build_cost_model(dense, groups, input_shape),
         input_shape=input_shape,
     )
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(f"expected finite weights, got NaN or infinity in {name!r}; check the checkpoint.")
 
 
 def sampling_plan(config: PruneConfig, num_images: int) -> SamplingPlan:
@@ -271,7 +278,13 @@ def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:
 
 
 def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -> DenseReference:
-    """What candidates are compared with, from the dense network's logits (n, k)."""
+    """What candidates are compared with, from the dense network's logits (n, k).
+
+    Raises:
+        DataError: a logit is not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise DataError("expected finite network outputs on the validation images, got NaN or infinity; check data and weights.")
     return DenseReference(
         labels=images.split.labels[images.indices],
         probabilities=torch.from_numpy(logits).softmax(1).numpy(),

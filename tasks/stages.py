@@ -237,7 +237,9 @@ def search(
 ) -> tuple[SearchResult, float]:
     """The smallest network within the budget, and the dense network's accuracy on the validation images."""
     with engine.clock.stage("search"):
-        dense = logits_of(work, engine, work.network.model, work.validation, work.keys.validation, step="validate dense")
+        dense = logits_of(
+            work, engine, work.network.model, work.validation, work.keys.validation, step="validate dense"
+        )
         reference = dense_reference(dense, work.validation, work.config)
         job = _candidate_job(work, statistics, reference)
         found = search_budget(

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from entprune.errors import CertificateError, EngineError
 from entprune.path import SettingPath, SparsityPath
+from tasks.exported import ExportedNetwork
 from tasks.tracked_values import flatten, key, parts, text, texts
 
 if TYPE_CHECKING:
@@ -43,24 +44,6 @@ _DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql":
 _PROBE_SECONDS = 5
 _PROBED_BATCHES = (1, 2, 7)
 _ROUND_TRIP_TOLERANCE = 1e-4
-
-
-class ExportedNetwork(nn.Module):
-    """An exported graph behind the usual interface; exported graphs refuse `eval()` and are always in that mode."""
-
-    def __init__(self, graph: nn.Module) -> None:
-        super().__init__()
-        self.graph = graph
-        self.training = False
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (n, C, H, W) to what the exported network gave for them."""
-        outputs: Tensor = self.graph(images)
-        return outputs
-
-    def train(self, mode: bool = True) -> Self:  # noqa: ARG002 -- torch's signature
-        """Change nothing."""
-        return self
 
 
 # --- server -----------------------------------------------------------------------------------------------------------
@@ -91,6 +74,11 @@ def check() -> None:
         ) from cause
 
 
+def _database_file() -> Path | None:
+    scheme, _, path = tracking_uri().partition(":///")
+    return Path(path).absolute() if scheme.startswith("sqlite") and path else None
+
+
 def _knock(uri: str) -> None:
     """Open and close a connection to a database server, whose own drivers wait for minutes."""
     parts = urlsplit(uri)
@@ -113,7 +101,7 @@ def open_run(experiment: str, run_name: str, tags: Mapping[str, Any]) -> str:
 
 
 def log_settings(run_id: str, params: Mapping[str, Any]) -> None:
-    """Record what the run was asked to do, as far as it was; nested mappings get dotted names, sequences become JSON."""
+    """Record what the run was asked to do; nested mappings get dotted names, and None is left out."""
     from mlflow.entities import Param
 
     entries = [Param(key(name), text(value)) for name, value in flatten(params) if value is not None]
@@ -164,7 +152,7 @@ def log_groups(run_id: str, report: Mapping[str, Any]) -> None:
 
 
 def log_artifacts(run_id: str, directory: Path) -> None:
-    """Store a folder with everything in it beside the run."""
+    """Store a folder with everything in it."""
     with _reported("store the artifacts"):
         _client().log_artifacts(run_id, str(directory))
 
@@ -198,10 +186,8 @@ def _experiment_id(name: str) -> str:
 
 def _artifact_location() -> str | None:
     """`mlartifacts` beside a SQLite database; None where the server decides."""
-    scheme, _, path = tracking_uri().partition(":///")
-    if not scheme.startswith("sqlite") or not path:
-        return None
-    return (Path(path).absolute().parent / "mlartifacts").as_uri()
+    database = _database_file()
+    return None if database is None else (database.parent / "mlartifacts").as_uri()
 
 
 def _create_run(experiment_id: str, run_name: str, tags: Mapping[str, Any]) -> str:
@@ -293,8 +279,14 @@ def load_registered(uri: str) -> tuple[nn.Module, dict[str, Any]]:
         The network, in eval mode on the CPU, and its card; an empty one for a network of another origin.
 
     Raises:
-        EngineError: there is no such version, it is stored as pickle, or the server does not answer.
+        EngineError: there is no such version, it is stored as pickle, or no server answers.
     """
+    database = _database_file()
+    if database is not None and not database.is_file():  # MLflow would make an empty one
+        raise EngineError(
+            f"cannot load '{uri}': no MLflow database at '{database}'; go to the folder of the run that registered it, "
+            "or set MLFLOW_TRACKING_URI."
+        )
     with _reported(f"load '{uri}'"), _library_defaults():
         import mlflow
 

@@ -148,7 +148,7 @@ def test_registered_network_answers_as_the_saved_one(ground: Ground, first: tupl
     report, _ = first
     assert report["lineage"]["registered_version"] == 1
     images = ground.data.test.batch(np.arange(5))
-    registered = load_registered("models:/digits@challenger").model
+    registered, _ = load_registered("models:/digits@challenger")
     with torch.inference_mode():
         difference = registered(images) - entprune.load(ground.folder / "first" / "model")(images)
     assert float(difference.abs().max()) < 1e-4

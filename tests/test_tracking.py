@@ -268,7 +268,16 @@ def test_network_of_one_batch_size_is_refused(client: MlflowClient, run_id: str)
     assert "fixed" not in {model.name for model in client.search_registered_models()}
 
 
-def test_unknown_version_is_one_sentence(workplace: Path) -> None:
+def test_loading_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        EngineError, match=r"cannot load 'models:/digits@challenger': no MLflow database at '.*mlflow.db'"
+    ):
+        tracking.load_registered("models:/digits@challenger")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_version_is_one_sentence(client: MlflowClient) -> None:
     with pytest.raises(EngineError, match=r"could not load 'models:/nobody@challenger'"):
         tracking.load_registered("models:/nobody@challenger")
 
@@ -292,6 +301,7 @@ def test_unreachable_server_is_one_sentence_within_seconds(monkeypatch: pytest.M
 
 
 def test_silent_server_is_one_sentence_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_PROBE_SECONDS", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()

@@ -1,55 +1,85 @@
-"""Make the README's result table from the committed reports: `python infra/results/render.py` prints it, `--write` puts it in.
+"""Keep and show the figures of real runs.
 
-Each file beside this script is the report.json of one real run; its `command` entry says how to repeat it.
+    python infra/results/render.py --add RUN_FOLDER --name NAME --label LABEL --command "entprune prune ..."
+    python infra/results/render.py            # prints the table
+    python infra/results/render.py --write    # puts it into README.md
+
+Each JSON file beside this script is the report of one run with the command that made it; figures are never typed by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-HEADER = (
-    "| network, data | dense accuracy | one-shot accuracy | drop | parameters removed | MACs removed "
-    "| latency at batch 64 | certificate | seconds |\n|---|---|---|---|---|---|---|---|---|"
+COLUMNS = (
+    "network, data",
+    "dense accuracy",
+    "one-shot accuracy",
+    "drop",
+    "parameters removed",
+    "MACs removed",
+    "latency, batch 64",
+    "certificate",
+    "seconds",
 )
 
 
 def main() -> None:
-    """Print the table, or write it between the README's markers."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Add a run, print the table, or write it into the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", type=Path, metavar="RUN_FOLDER", help="copy report.json and the plot of widths from here")
+    parser.add_argument("--name", help="file name of the added run")
+    parser.add_argument("--label", help="first cell of its row")
+    parser.add_argument("--command", help="what was run")
     parser.add_argument("--write", action="store_true", help="replace the table in README.md")
     arguments = parser.parse_args()
-    table = "\n".join([HEADER, *(row(json.loads(path.read_text())) for path in sorted(HERE.glob("*.json")))])
-    if not arguments.write:
-        print(table)
-        return
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+    if arguments.add:
+        add(arguments.add, arguments.name, arguments.label, arguments.command)
+    elif arguments.write:
+        text = README.read_text()
+        README.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{table()}\n{END}{text.split(END)[1]}")
+    else:
+        print(table())
 
 
-def row(report: dict[str, Any]) -> str:
-    """One line of the table."""
-    dense, small = report["dense"], report["one_shot"]
-    certificate = report["certificate"]
-    cells = [
-        f"{report['model']['spec']}, {report['data']['name']}",
+def add(folder: Path, name: str, label: str, command: str) -> None:
+    """Copy one run's report and its plot of widths; candidates' widths and kept channels stay with the run."""
+    report = json.loads((folder / "report.json").read_text())
+    report.pop("plan", None)
+    entry = {"label": label, "command": command, "report": report}
+    (HERE / f"{name}.json").write_text(json.dumps(entry, indent=1) + "\n")
+    shutil.copyfile(folder / "plots" / "widths.svg", HERE / f"{name}_widths.svg")
+
+
+def table() -> str:
+    """All committed runs, one row each."""
+    entries = [json.loads(path.read_text()) for path in sorted(HERE.glob("*.json"))]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row(entry) for entry in entries)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def row(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of one run."""
+    report = entry["report"]
+    dense, small, certificate = report["dense"], report["one_shot"], report["certificate"]
+    return (
+        entry["label"],
         f"{dense['accuracy']:.2f} %",
-        f"**{small['accuracy']:.2f} %**",
+        f"{small['accuracy']:.2f} %",
         f"{small['accuracy_drop']:.2f}",
         f"**{100 * small['parameters_removed']:.1f} %** ({dense['parameters']:,} → {small['parameters']:,})",
         f"{100 * small['macs_removed']:.1f} %",
-        f"{dense['latency_ms']['64']:.1f} → {small['latency_ms']['64']:.1f} ms",
-        f"{'passed' if certificate['passed'] else 'FAILED'} ({certificate['max_abs_difference']:.0e})",
+        f"{dense['latency_ms']['64']:.0f} → {small['latency_ms']['64']:.0f} ms",
+        f"{'passed' if certificate['passed'] else 'FAILED'}, {certificate['max_abs_difference']:.0e}",
         f"{report['timings_seconds']['total']:.0f}",
-    ]
-    return "| " + " | ".join(cells) + " |"
+    )
 
 
 if __name__ == "__main__":

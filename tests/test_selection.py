@@ -1,0 +1,79 @@
+"""Estimates of the accuracy drop, and when enough images have been seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from entprune.errors import ConfigError
+from entprune.selection import NO_CLASS, DenseReference, DropEstimate, StopRule
+
+
+def make_reference(size: int, seed: int, estimate: DropEstimate = "posterior") -> DenseReference:
+    generator = np.random.default_rng(seed)
+    probabilities = generator.dirichlet(np.ones(4), size).astype(np.float32)
+    return DenseReference(labels=generator.integers(0, 4, size), probabilities=probabilities, estimate=estimate)
+
+
+@given(st.integers(1, 50), st.integers(0, 2**16))
+def test_a_candidate_that_agrees_with_the_dense_network_loses_nothing(size: int, seed: int) -> None:
+    for estimate in ("labels", "posterior"):
+        reference = make_reference(size, seed, estimate)  # type: ignore[arg-type]
+        assert not reference.drops(reference.probabilities.argmax(1)).any()
+
+
+@given(st.integers(1, 50), st.integers(0, 2**16))
+def test_label_estimate_is_the_difference_of_accuracies(size: int, seed: int) -> None:
+    reference = make_reference(size, seed, "labels")
+    predicted = np.random.default_rng(seed + 1).integers(0, 4, size)
+    candidate = 100.0 * float((predicted == reference.labels).mean())
+    assert reference.drops(predicted).mean() == pytest.approx(reference.accuracy() - candidate)
+
+
+def test_posterior_estimate_is_the_label_estimate_with_labels_drawn_from_the_posterior() -> None:
+    generator = np.random.default_rng(0)
+    probabilities = np.repeat(generator.dirichlet(np.ones(3), 20), 4000, axis=0)
+    predicted = np.repeat(generator.integers(0, 3, 20), 4000)
+    labels = (probabilities.cumsum(1) < generator.random(len(probabilities))[:, None]).sum(1)
+    reference = DenseReference(labels=labels, probabilities=probabilities.astype(np.float32), estimate="posterior")
+    by_posterior, by_labels = reference.drops(predicted), reference.drops(predicted, "labels")
+    assert by_posterior.mean() == pytest.approx(by_labels.mean(), abs=1.0)
+    assert by_posterior.std() < by_labels.std()
+
+
+@given(st.integers(1, 30), st.integers(0, 2**16))
+def test_posterior_estimate_never_credits_a_disagreement(size: int, seed: int) -> None:
+    reference = make_reference(size, seed)
+    drops = reference.drops(np.random.default_rng(seed + 1).integers(0, 4, size))
+    assert (drops >= 0).all()
+    assert (drops <= 100).all()
+
+
+def test_an_image_without_finite_logits_costs_the_whole_dense_probability() -> None:
+    reference = make_reference(5, 3)
+    expected = 100.0 * reference.probabilities.max(1).astype(np.float64)
+    np.testing.assert_allclose(reference.drops(np.full(5, NO_CLASS)), expected)
+
+
+def test_unknown_estimate_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"one of labels, posterior, got 'guess'"):
+        make_reference(3, 0, "guess")  # type: ignore[arg-type]
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=40), st.floats(0.0, 3.0))
+def test_bounds_enclose_the_mean_and_widen_with_the_quantile(values: list[float], quantile: float) -> None:
+    drops = np.array(values)
+    mean, low, high = StopRule(max_drop=1.0, quantile=quantile).bounds(drops)
+    assert low <= mean <= high
+    assert high - mean == pytest.approx(quantile * drops.std(ddof=1) / len(drops) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("drop", "max_drop", "decided"), [(0.0, 0.5, True), (100.0, 0.5, True), (0.5, 0.5, False), (0.0, None, False)]
+)
+def test_scoring_stops_when_the_verdict_is_clear(drop: float, max_drop: float | None, decided: bool) -> None:
+    rule = StopRule(max_drop=max_drop, quantile=1.0, chunk=10)
+    assert rule.is_decided(np.full(10, drop)) is decided
+    assert not rule.is_decided(np.full(9, drop)), "less than a chunk decides nothing"
