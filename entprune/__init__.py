@@ -1,8 +1,9 @@
-"""Shrink pretrained convolutional networks: find the sparse subnetwork from data, re-estimate its weights, prove it equal.
+"""Shrink pretrained convolutional networks.
+
+Find the sparse subnetwork from data, re-estimate its weights, prove it equal::
 
     result = entprune.prune(model, images, budget=entprune.Budget(max_accuracy_drop=0.5), evaluate=(images, labels))
-    entprune.save(result, "smaller")
-    model = entprune.load("smaller")
+    entprune.save(result, "smaller") model = entprune.load("smaller")
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from entprune.errors import ConfigError
-from entprune.groups import ChannelGroups
+from entprune.groups import ChannelGroups, output_width
 
 Objective = Literal["parameters", "macs"]
 _BISECTIONS = 40
@@ -58,17 +58,19 @@ class CostModel:
     def evaluate(self, widths: Mapping[str, int], objective: Objective) -> float:
         """Cost in parameters or MACs."""
         total = float(self.untouched_parameters) if objective == "parameters" else 0.0
-        return total + sum(_layer_cost(layer, widths, objective) for layer in self.layers)
+        return total + sum(float(_layer_cost(layer, widths, objective)) for layer in self.layers)
 
     def along(self, group: str, widths: Mapping[str, int], num_channels: int, objective: Objective) -> np.ndarray:
         """(c + 1,) part of the cost that depends on one group, for every width of it, the others fixed."""
         width = np.arange(num_channels + 1, dtype=np.float64)
-        trial = {**widths, group: width}
+        trial: dict[str, int | np.ndarray] = {**widths, group: width}
         touched = (x for x in self.layers if group in x.input_blocks or group in x.output_blocks)
         return np.asarray(sum((_layer_cost(layer, trial, objective) for layer in touched), np.zeros_like(width)))
 
 
-def _layer_cost(layer: LayerCost, widths: Mapping[str, int | np.ndarray], objective: Objective) -> float | np.ndarray:
+def _layer_cost(
+    layer: LayerCost, widths: Mapping[str, int] | Mapping[str, int | np.ndarray], objective: Objective
+) -> float | np.ndarray:
     inputs = layer.fixed_inputs + sum(block * widths[name] for name, block in layer.input_blocks.items())
     outputs = layer.fixed_outputs + sum(block * widths[name] for name, block in layer.output_blocks.items())
     dense = layer.taps * inputs * outputs
@@ -91,7 +93,8 @@ def build_cost_model(model: nn.Module, groups: ChannelGroups, input_shape: tuple
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) or name in writes:
             counted += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            layers.append(_describe(name, module, positions.get(name, 1), reads.get(name, {}), writes.get(name, {}), full))
+            touched = reads.get(name, {}), writes.get(name, {})
+            layers.append(_describe(name, module, positions.get(name, 1), *touched, full))
     total = sum(parameter.numel() for parameter in model.parameters())
     return CostModel(layers=tuple(layers), untouched_parameters=total - counted)
 
@@ -106,12 +109,13 @@ def _describe(
 ) -> LayerCost:
     if isinstance(module, nn.Conv2d):
         taps = module.kernel_size[0] * module.kernel_size[1]
-        inputs, outputs, per_output = module.in_channels // module.groups, module.out_channels, int(module.bias is not None)
+        inputs, outputs = module.in_channels // module.groups, module.out_channels
+        per_output = int(module.bias is not None)
     elif isinstance(module, nn.Linear):
         taps, inputs, outputs, per_output = 1, module.in_features, module.out_features, int(module.bias is not None)
     else:  # a channel-wise follower
         affine = sum(parameter is not None for parameter in (module.weight, module.bias))
-        taps, inputs, outputs, per_output = 0, 0, int(module.num_features), affine
+        taps, inputs, outputs, per_output = 0, 0, output_width(module), affine
     return LayerCost(
         name=name,
         taps=taps,
@@ -130,8 +134,7 @@ def _output_positions(model: nn.Module, input_shape: tuple[int, int, int]) -> di
 
     def record(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(_: nn.Module, __: object, output: torch.Tensor) -> None:
-            width = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-            found[name] = found.get(name, 0) + output.numel() // int(width)
+            found[name] = found.get(name, 0) + output.numel() // output_width(module)
 
         return module.register_forward_hook(hook)
 
@@ -175,7 +178,7 @@ class AllocationProblem:
         """Widths that the group may take, ascending; the dense width is always among them."""
         dense = len(self.losses[name]) - 1
         width = np.arange(min(self.minimum[name], dense), dense + 1)
-        return width[(width % self.round_to == 0) | (width == dense)]
+        return np.asarray(width[(width % self.round_to == 0) | (width == dense)])
 
     def loss(self, widths: Mapping[str, int]) -> float:
         """Predicted loss: the sum over groups."""
@@ -185,14 +188,16 @@ class AllocationProblem:
 def allocate(problem: AllocationProblem, kept_fraction: float) -> dict[str, int]:
     """Widths of least predicted loss whose cost is at most `kept_fraction` of the dense network's.
 
-    Minimises loss + price * cost by coordinate descent for a price found by bisection, then spends what is left of the budget
-    greedily, which closes the gaps that a price leaves on non-convex curves.
+    Minimises loss + price * cost by coordinate descent for a price found by bisection, then spends what is left of
+    the budget greedily, which closes the gaps that a price leaves on non-convex curves.
 
     Raises:
         ConfigError: the fraction lies outside (0, 1], or even the least widths cost more.
     """
     if not 0.0 < kept_fraction <= 1.0:
-        raise ConfigError(f"expected a kept fraction in (0, 1], got {kept_fraction}; ask for a removed fraction below 1.")
+        raise ConfigError(
+            f"expected a kept fraction in (0, 1], got {kept_fraction}; ask for a removed fraction below 1."
+        )
     dense = problem.cost.evaluate(problem.full(), problem.objective)
     target = kept_fraction * dense
     least = problem.cost.evaluate(problem.smallest(), problem.objective)

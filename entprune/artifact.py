@@ -77,8 +77,7 @@ class ModelCard:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            ConfigError: a value is out of range.
-            KeyError, TypeError, ValueError: an entry is missing or malformed.
+            ConfigError: a value is out of range. KeyError, TypeError, ValueError: an entry is missing or malformed.
         """
         channels, height, width = (int(size) for size in content["input_shape"])
         return cls(

@@ -1,8 +1,9 @@
 """From a plan to a physically smaller network whose weights are re-estimated in closed form.
 
-Slicing alone changes what every later layer reads. Walking the traced graph once, in topological order, each dense layer is
-refit on what it *actually* reads (inputs that passed through the already pruned and refit part) against what the *dense*
-network answered at the same positions; BatchNorm statistics are re-estimated on the way. No gradient step.
+Slicing alone changes what every later layer reads. Walking the traced graph once, in topological order, each dense
+layer is refit on what it *actually* reads (inputs that passed through the already pruned and refit part) against what
+the *dense* network answered at the same positions; BatchNorm statistics are re-estimated on the way. No gradient
+step.
 
 Axes: t sampled rows, d kept features, m kept outputs.
 """
@@ -76,7 +77,9 @@ def slice_layer(layer: nn.Module, selection: LayerSelection, name: str) -> None:
         _slice_batchnorm(layer, selection)
         return
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        raise ModelError(f"layer {name!r}: expected a convolution, linear layer or BatchNorm, got {type(layer).__name__}.")
+        raise ModelError(
+            f"layer {name!r}: expected a convolution, linear layer or BatchNorm, got {type(layer).__name__}."
+        )
     weight = layer.weight.detach()
     if selection.outputs is not None:
         weight = weight[torch.from_numpy(selection.outputs)]
@@ -104,7 +107,7 @@ def _slice_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, selection: LayerSel
     layer.num_features = len(kept)
 
 
-def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.clone(), requires_grad=like.requires_grad)
 
 
@@ -287,7 +290,10 @@ def _output_size(layer: nn.Conv2d, value: Tensor) -> tuple[int, int]:
 
 
 class _RowFit:
-    """Accumulates the normal equations of y on x: centred (shifted by the first batch's means) with an intercept, raw without."""
+    """Accumulates the normal equations of y on x.
+
+    Centred (shifted by the first batch's means) with an intercept, raw without.
+    """
 
     def __init__(self, num_features: int, num_outputs: int, intercept: bool, device: str) -> None:
         self._count = 0
@@ -333,12 +339,14 @@ def _reestimate_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: list[T
     """Mean and variance per channel over all calibration images."""
     if layer.running_mean is None or layer.running_var is None:
         return
-    count, total, square = 0, torch.zeros_like(layer.running_mean, dtype=torch.float64), 0.0
+    count = 0
+    total = torch.zeros_like(layer.running_mean, dtype=torch.float64)
+    square = torch.zeros_like(total)
     for value in inputs:
-        flat = value.transpose(0, 1).flatten(1).double()  # (channels, rows)
-        count += flat.shape[1]
-        total += flat.sum(1)
-        square = square + flat.square().sum(1)
-    mean = total / count
-    layer.running_mean.copy_(mean)
-    layer.running_var.copy_((square / count - mean.square()).clamp_min(0))
+        rows = value.numel() // value.shape[1]
+        variance, mean = torch.var_mean(value, dim=[axis for axis in range(value.ndim) if axis != 1], correction=0)
+        count += rows
+        total += rows * mean.double()
+        square += rows * (variance.double() + mean.double().square())
+    layer.running_mean.copy_(total / count)
+    layer.running_var.copy_((square / count - (total / count).square()).clamp_min(0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -93,7 +94,10 @@ def collect_statistics(
             collector.batch = (first_image + start) // sampling.batch_size
             output = model(split.batch(indices[start : start + sampling.batch_size]).to(device))
             if not bool(torch.isfinite(output).all()):
-                raise DataError("expected finite network outputs on the calibration images, got NaN or infinity; check data and weights.")
+                raise DataError(
+                    "expected finite network outputs on the calibration images, got NaN or infinity; "
+                    "check data and weights."
+                )
             if progress is not None:
                 progress(min(start + sampling.batch_size, len(indices)), len(indices))
     return collector.result()
@@ -127,7 +131,7 @@ class _Collector:
         self._outputs: dict[str, list[Tensor]] = {name: [] for name in self._layers}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> _Collector:
+    def __enter__(self) -> Self:
         for name, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(self._hook(name)))
         return self

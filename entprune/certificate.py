@@ -1,8 +1,9 @@
 """Proof that the smaller network is the full-size one with the removed channels silenced.
 
-The masked network has the *dense* topology: every layer keeps its full width, the smaller network's weights are written back to their
-places, and each consumer's input is multiplied by zero where a channel was removed. Wrong couplings (the right number of
-channels, but not the same ones) run without complaint; only this comparison finds them.
+The masked network has the *dense* topology: every layer keeps its full width, the smaller network's weights are
+written back to their places, and each consumer's input is multiplied by zero where a channel was removed. Wrong
+couplings (the right number of channels, but not the same ones) run without complaint; only this comparison finds
+them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Certificate:
     """Outcome of the comparison.
 
     Attributes:
-        max_abs_difference: largest difference of any output, relative to the largest absolute output of the masked network.
+        max_abs_difference: largest difference of any output, relative to the largest absolute output of the masked
+            network.
         tolerance: allowed.
         num_images: compared.
         passed: whether the difference is finite and within the tolerance.
@@ -78,9 +80,9 @@ def certify(
 def confirm_groups(model: nn.Module, groups: ChannelGroups, input_shape: tuple[int, int, int]) -> ChannelGroups:
     """Refuse the groups that cannot be certified, before any work is spent on them.
 
-    A trial cuts a random half of the channels out of all groups, and only if that fails out of one more group at a time. It
-    finds what the analysis of the coupling did not understand: channels that are mixed without a layer, or that reach the
-    network's output.
+    A trial cuts a random half of the channels out of all groups, and only if that fails out of one more group at a
+    time. It finds what the analysis of the coupling did not understand: channels that are mixed without a layer, or
+    that reach the network's output.
 
     Args:
         model: network in eval mode; it is not changed.
@@ -120,7 +122,7 @@ def _survives_trial(model: nn.Module, tried: tuple[ChannelGroup, ...], images: T
 
 
 def masked_network(dense: nn.Module, smaller: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:
-    """Full-size copy that carries the smaller network's weights and zeroes removed channels at every consumer's input."""
+    """Full-size copy with the smaller network's weights and removed channels zeroed at every consumer's input."""
     masked = copy.deepcopy(dense).eval().cpu()
     selection = select_layers(dense, groups, plan)
     for name, small_layer in smaller.named_modules():

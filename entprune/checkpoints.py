@@ -78,8 +78,7 @@ def save_state(model: nn.Module, path: Path) -> None:
         path: ends in ``.safetensors`` or ``.pt``. Missing folders are made.
 
     Raises:
-        CheckpointError: the suffix is another one.
-        OutputError: the file cannot be written.
+        CheckpointError: the suffix is another one. OutputError: the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in {".safetensors", ".pt"}:

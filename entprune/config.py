@@ -65,8 +65,10 @@ class PruneConfig:
 
     Attributes:
         calibration_samples: training images whose moments are taken.
-        validation_samples: further training images on which candidates are compared; none of them is a calibration image.
-        calibration_shards: independent parts of the data pass; fixed, so that the plan does not depend on the worker count.
+        validation_samples: further training images on which candidates are compared; none of them is a calibration
+            image.
+        calibration_shards: independent parts of the data pass; fixed, so that the plan does not depend on the worker
+            count.
         batch_size: images per forward pass.
         min_rows, rows_per_feature: sampled rows per layer (see SamplingPlan).
         settings: hyperparameter settings of the sparsity paths; the envelope keeps the best at every width.
@@ -76,8 +78,10 @@ class PruneConfig:
         keep: shell patterns of layers that must not change.
         relative_ridge, reestimate_batchnorm: see RefitConfig.
         drop_estimate: how the drop on unseen images is estimated, "posterior" or "labels" (see entprune.selection).
-        confidence: one-sided probability with which the accuracy budget shall hold on unseen data of the validation's kind.
-        candidates_per_round, max_rounds, resolution: search; it stops when neighbouring sizes differ by less than the factor.
+        confidence: one-sided probability with which the accuracy budget shall hold on unseen data of the
+            validation's kind.
+        candidates_per_round, max_rounds, resolution: search; it stops when neighbouring sizes differ by less than
+            the factor.
         certificate_tolerance: allowed relative difference.
         threads: torch threads per worker; fixed, so that the plan does not depend on the machine's load.
         seed: of every random choice.

@@ -115,12 +115,11 @@ def predict_correct(
         (number of images,), in the order of ``indices``. An image whose logits are not finite counts as wrong.
 
     Raises:
-        ConfigError: the batch size or the device is unusable.
-        DataError: there is no image.
-        ModelError: the network's output is not (n, number of classes).
+        ConfigError: the batch size or the device is unusable. DataError: there is no image. ModelError: the network's
+        output is not (n, number of classes).
     """
     labels = split.labels if indices is None else split.labels[np.asarray(indices)]
-    return predict_classes(model, split, indices, batch_size, device, progress) == labels
+    return np.asarray(predict_classes(model, split, indices, batch_size, device, progress) == labels)
 
 
 def predict_classes(

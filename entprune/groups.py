@@ -2,7 +2,8 @@
 
 The coupling comes from torch-pruning's dependency graph; nothing else in the package knows that library.
 
-Axes: c channels of the group, b features per channel in one layer (1 for a convolution, H*W for a linear layer after a flatten).
+Axes: c channels of the group, b features per channel in one layer (1 for a convolution, H*W for a linear layer after
+a flatten).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class LayerSlice:
 
     Attributes:
         layer: dotted module name.
-        index: (c, b) positions of each channel along the layer's input axis (consumers) or output axis (producers, followers).
+        index: (c, b) positions of each channel along the layer's input axis (consumers) or output axis (producers,
+            followers).
     """
 
     layer: str
@@ -79,13 +81,15 @@ class ChannelGroups:
         for group in self.groups:
             if group.name == name:
                 return group
-        raise ModelError(f"expected a channel group of this network, got {name!r}; groups: {[g.name for g in self.groups]}.")
+        raise ModelError(
+            f"expected a channel group of this network, got {name!r}; groups: {[g.name for g in self.groups]}."
+        )
 
 
 class _KeptAsIs(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
-    """Makes a parameter-free module visible in the dependency graph, so that groups that pass through it can be refused."""
+    """Makes a parameter-free module visible in the dependency graph: groups that pass through it are refused."""
 
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:  # noqa: ARG002 -- their interface
         return layer
 
     prune_in_channels = prune_out_channels

@@ -42,7 +42,8 @@ def merge(first: Moments, second: Moments) -> Moments:
     """Moments of the union of two disjoint sets of rows (Chan, Golub and LeVeque's pairwise update)."""
     if first.mean.shape != second.mean.shape:
         raise DataError(
-            f"expected moments of equal size, got {first.mean.size} and {second.mean.size} features; merge shards of one layer."
+            f"expected moments of equal size, got {first.mean.size} and {second.mean.size} features; "
+            "merge shards of one layer."
         )
     count = first.count + second.count
     if count == 0:
@@ -57,8 +58,8 @@ def merge(first: Moments, second: Moments) -> Moments:
 class ProductSum:
     """Running sum of products a^T b: float32 matrix products, carried over into float64 every few thousand rows.
 
-    The float32 partial sum is short, so its rounding error does not grow with the number of rows, and the float64 matrix is
-    touched seldom: the cost is that of the matrix products.
+    The float32 partial sum is short, so its rounding error does not grow with the number of rows, and the float64
+    matrix is touched seldom: the cost is that of the matrix products.
     """
 
     def __init__(self, num_left: int, num_right: int, *, device: str = "cpu") -> None:
@@ -85,7 +86,7 @@ class ProductSum:
 
 
 class GramSum:
-    """Running sum of x^T x: only block columns at and right of the diagonal are multiplied, which saves almost half the work."""
+    """Running sum of x^T x; only blocks at and right of the diagonal are multiplied: almost half the work."""
 
     def __init__(self, num_features: int, *, device: str = "cpu") -> None:
         edges = np.linspace(0, num_features, max(1, min(8, num_features // 256)) + 1, dtype=int)
@@ -145,11 +146,12 @@ def feature_count(layer: nn.Module) -> int:
     """d: features that one output of the layer reads."""
     if isinstance(layer, nn.Conv2d):
         return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features
+    return int(layer.get_parameter("weight").shape[1])
 
 
-def draw_positions(layer: nn.Module, output: Tensor, *, per_image: int, seed: int, name: str, batch: int) -> Tensor | None:
+def draw_positions(
+    layer: nn.Module, output: Tensor, *, per_image: int, seed: int, name: str, batch: int
+) -> Tensor | None:
     """Random output positions of one batch, the same for the same seed, layer and batch on every machine.
 
     Args:
@@ -208,7 +210,7 @@ def read_outputs(layer: nn.Module, output: Tensor, positions: Tensor | None) -> 
 
 def _pad(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
     """Pad as the layer does, on each side in its padding mode; "same" and "valid" come resolved in the attribute."""
-    sides: list[int] = layer._reversed_padding_repeated_twice
+    sides: list[int] = layer._reversed_padding_repeated_twice  # noqa: SLF001 -- resolves every form of padding
     if not any(sides):
         return inputs
     return F.pad(inputs, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)

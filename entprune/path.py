@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 
 from entprune.errors import ConfigError
 from entprune.regression import (
@@ -29,8 +28,9 @@ class PathSetting:
     """Hyperparameters of one continuation.
 
     Attributes:
-        entropy_weight: signed, in units of the L2 term per nat: eps_w = entropy_weight * (L2 term) / log(alive channels).
-            Positive minimises entropy (sharpens), negative maximises it (softens), zero leaves the group-l_(2/3) penalty alone.
+        entropy_weight: signed, in units of the L2 term per nat: eps_w = entropy_weight * (L2 term) / log(alive
+            channels). Positive minimises entropy (sharpens), negative maximises it (softens), zero leaves the
+            group-l_(2/3) penalty alone.
         drop_threshold: a channel with w_c below this fraction of max(w) leaves the problem.
         l2_start: first eps_l2 * c^2, the ridge relative to unit input variance at uniform w.
         l2_growth: factor between levels.
@@ -112,7 +112,9 @@ class SparsityPath:
     def kept(self, width: int) -> tuple[int, ...]:
         """Sorted channel numbers of the best kept set of that width."""
         if not 0 <= width <= self.num_channels:
-            raise ConfigError(f"group {self.group!r}: width must lie in [0, {self.num_channels}], got {width}; rebuild the plan.")
+            raise ConfigError(
+                f"group {self.group!r}: width must lie in [0, {self.num_channels}], got {width}; rebuild the plan."
+            )
         chosen = self.settings[int(self.choice[width])]
         return tuple(sorted(int(channel) for channel in chosen.order[:width]))
 

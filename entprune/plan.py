@@ -71,7 +71,9 @@ class PruningPlan:
             ConfigError: an unknown version or a malformed entry.
         """
         if content.get("plan_version") != _PLAN_VERSION:
-            raise ConfigError(f"expected plan_version {_PLAN_VERSION}, got {content.get('plan_version')!r}; rebuild the plan.")
+            raise ConfigError(
+                f"expected plan_version {_PLAN_VERSION}, got {content.get('plan_version')!r}; rebuild the plan."
+            )
         return cls(
             groups=tuple(
                 GroupPlan(

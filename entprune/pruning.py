@@ -106,16 +106,17 @@ def prune(
 
     Args:
         model: pretrained network; it is not changed.
-        calibration: unlabelled images (n, C, H, W), normalised as the network expects; an array, a tensor, an iterable of batches
-            (a DataLoader; of pairs the first part is taken), or an image split.
+        calibration: unlabelled images (n, C, H, W), normalised as the network expects; an array, a tensor, an
+            iterable of batches (a DataLoader; of pairs the first part is taken), or an image split.
         budget: accuracy points, parameters or MACs.
-        evaluate: held-out labelled images on which candidates are selected, as (images, labels), a loader of such pairs, or a split;
-            needed for an accuracy budget.
+        evaluate: held-out labelled images on which candidates are selected, as (images, labels), a loader of such
+            pairs, or a split; needed for an accuracy budget.
         test: labelled images for the final figures alone; without them the report's accuracies are null.
         config: settings; the defaults are meant to be left alone.
         runner: who runs the units; in this process by default.
         progress: called with (stage, units done, all units) by the default runner.
-        model_spec: how to build the unpruned network again ("vgg16_cifar", "torchvision:resnet50"), for `entprune.load`.
+        model_spec: how to build the unpruned network again ("vgg16_cifar", "torchvision:resnet50"), for
+            `entprune.load`.
         class_names: recorded in the artifact.
 
     Raises:
@@ -392,5 +393,3 @@ def _candidate_entries(found: SearchResult, dense: Measurement) -> list[dict[str
         }
         for candidate in found.candidates
     ]
-
-

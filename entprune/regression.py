@@ -1,4 +1,6 @@
-"""The entropic regression of one channel group: alternating closed-form steps for the layer weights and the channel probabilities.
+"""The entropic regression of one channel group.
+
+Alternating closed-form steps for the layer weights and the channel probabilities.
 
 Objective, with every consumer j scaled so that its output variance is one and its inputs have unit scale per channel:
 
@@ -53,7 +55,8 @@ class GroupProblem:
 
     def solve_cost(self) -> float:
         """Floating-point operations of one Lambda step at full width: the unit by which work is ordered."""
-        return float(sum(c.gram.shape[0] ** 3 / 3 + 2 * c.gram.shape[0] ** 2 * c.weight.shape[0] for c in self.consumers))
+        sizes = ((consumer.gram.shape[0], consumer.weight.shape[0]) for consumer in self.consumers)
+        return float(sum(features**3 / 3 + 2 * features**2 * outputs for features, outputs in sizes))
 
 
 def build_problem(
@@ -111,9 +114,12 @@ def cholesky_with_ridge(matrix: Tensor, *, relative_ridge: float = _RELATIVE_RID
         shifted.diagonal().add_(ridge)
         factor, info = torch.linalg.cholesky_ex(shifted)
         if int(info) == 0:
-            return factor
+            return torch.as_tensor(factor)
         ridge *= 10.0
-    raise ConfigError("expected a finite positive semi-definite Gram matrix, got one without a Cholesky factor; check the data for NaN.")
+    raise ConfigError(
+        "expected a finite positive semi-definite Gram matrix, got one without a Cholesky factor; "
+        "check the data for NaN."
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +143,10 @@ class EntropicState:
 
 
 def initial_state(problem: GroupProblem, *, device: str = "cpu") -> EntropicState:
-    """All channels, with the probabilities that the dense weights imply: the w step at Q = W, the limit of a vanishing L2 weight."""
+    """All channels, with the probabilities that the dense weights imply.
+
+    The w step at Q = W, the limit of a vanishing L2 weight.
+    """
     grams = [torch.from_numpy(consumer.gram).to(device) for consumer in problem.consumers]
     weights = [torch.from_numpy(consumer.weight).to(device) for consumer in problem.consumers]
     targets = [gram @ weight.T for gram, weight in zip(grams, weights, strict=True)]
@@ -213,7 +222,9 @@ def keep_channels(state: EntropicState, kept: Tensor) -> None:
 
 
 def nested_errors(problem: GroupProblem, order: Sequence[int], *, device: str = "cpu") -> np.ndarray:
-    """Unexplained variance after refitting on the first k channels of an order, for every k, by one factorisation per consumer.
+    """Unexplained variance after refitting on the first k channels of an order, for every k.
+
+    One factorisation per consumer serves all k.
 
     With G = L L^T in that order and Z = L^-1 G W^T, the first k blocks explain exactly the squared norm of the first k
     blocks of Z, because the leading part of L is the factor of the leading part of G.

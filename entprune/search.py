@@ -32,7 +32,8 @@ class Candidate:
         plan: kept channels.
         parameters, macs: exact, from the cost model.
         accuracy: percent on the validation images scored, None where none were asked for.
-        accuracy_drop: estimated drop on unseen images in points (see :mod:`entprune.selection`), upper_bound its confidence bound.
+        accuracy_drop: estimated drop on unseen images in points (see :mod:`entprune.selection`), upper_bound its
+            confidence bound.
         label_drop: paired mean drop by the labels of these images.
         images: validation images scored.
         accepted: whether the bound is within the budget.
@@ -117,7 +118,7 @@ def search(
     try:
         if budget.kind == "max_accuracy_drop":
             problem = allocation_problem(paths, cost, config, config.objective)
-            return _by_accuracy(problem, paths, session, budget.value, config)
+            return _by_accuracy(problem, paths, session, config)
         objective: Objective = "parameters" if budget.kind == "parameters_removed" else "macs"
         problem = allocation_problem(paths, cost, config, objective)
         return _by_size(problem, paths, session, budget.value)
@@ -241,7 +242,6 @@ def _by_accuracy(
     problem: AllocationProblem,
     paths: Mapping[str, SparsityPath],
     session: _Session,
-    max_drop: float,
     config: PruneConfig,
 ) -> SearchResult:
     """Narrow a bracket of kept fractions, several candidates per round, on a logarithmic scale."""

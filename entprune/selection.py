@@ -2,12 +2,13 @@
 
 Two estimates of the drop on *unseen* images, both in points per image:
 
-- "labels": dense right minus candidate right. Unbiased on images that the dense network was not trained on. On training images, which are
-  all there is without a separate validation set, nearly every dense answer is right by memory, so each disagreement counts in full
-  and the drop is overestimated.
-- "posterior": p(dense choice) - p(candidate's choice) under the dense network's own class probabilities p: the expected drop if labels were drawn
-  from p (the labels integrated out). Disagreements where the dense network hesitates count little, as they do on new images, and the variance is
-  several times smaller. It trusts p to be calibrated; an overconfident network makes it larger, hence cautious.
+- "labels": dense right minus candidate right. Unbiased on images that the dense network was not trained on. On training
+  images, which are all there is without a separate validation set, nearly every dense answer is right by memory, so
+  each disagreement counts in full and the drop is overestimated.
+- "posterior": p(dense choice) - p(candidate's choice) under the dense network's own class probabilities p: the expected
+  drop if labels were drawn from p. Disagreements where the dense network hesitates count little, as they do on new
+  images, and the variance is several times smaller. It trusts p to be calibrated; an overconfident network makes it
+  larger, hence cautious.
 
 Axes: n images, k classes.
 """
@@ -67,7 +68,7 @@ class DenseReference:
         dense = probabilities.argmax(1)
         if (estimate or self.estimate) == "labels":
             labels = self.labels[:count]
-            return 100.0 * ((dense == labels).astype(np.float64) - (predicted == labels))
+            return np.asarray(100.0 * ((dense == labels).astype(np.float64) - (predicted == labels)))
         rows = np.arange(count)
         chosen = np.where(predicted == NO_CLASS, 0.0, probabilities[rows, np.maximum(predicted, 0)])
         return np.asarray(100.0 * (probabilities[rows, dense] - chosen))

@@ -39,9 +39,9 @@ def probability_step(
 
         min_w  l2_weight * sum_c s_c^2 / w_c^2  +  entropy_weight * H(w)     over the simplex
 
-    Without entropy the minimiser is w_c proportional to s_c^(2/3). With a positive weight H is concave: it is replaced by its
-    tangent at `current`, a majorant, so the true objective cannot rise. With a negative weight the problem is convex
-    and solved exactly.
+    Without entropy the minimiser is w_c proportional to s_c^(2/3). With a positive weight H is concave: it is
+    replaced by its tangent at `current`, a majorant, so the true objective cannot rise. With a negative weight the
+    problem is convex and solved exactly.
 
     Args:
         channel_norm_squared: (c,) s_c^2 >= 0, squared norm of channel c's block of Q over all consumers.
@@ -74,8 +74,8 @@ def closed_form_probability(channel_norm_squared: Tensor) -> Tensor:
 def _tangent_probability(norm_squared: Tensor, slope: Tensor) -> Tensor:
     """w_c = (s_c^2 / (slope_c + nu))^(1/3) with nu such that w sums to one (stationarity of the majorant).
 
-    nu is counted from its pole, the smallest slope, and bisected on a logarithmic scale: small norms beside large slopes
-    would cancel otherwise.
+    nu is counted from its pole, the smallest slope, and bisected on a logarithmic scale: small norms beside large
+    slopes would cancel otherwise.
     """
     gap = slope - slope.min()
 
@@ -102,7 +102,8 @@ def _convex_probability(norm_squared: Tensor, strength: float) -> Tensor:
     w_c^3 = 3 s_c^2 / (strength t) gives log w_c without subtracting the shift again.
     """
     log_ratio = (3.0 * norm_squared / strength).log()
-    # Where the largest norm alone has w_c = 1 the sum is at least one; its logarithm is convex and falls with the shift, so
+    # Where the largest norm alone has w_c = 1 the sum is at least one; its logarithm is convex and falls with the
+    # shift, so
     # Newton's method approaches the root from this side without passing it.
     shift = float(norm_squared.max()) / strength
     for _ in range(_NEWTON_STEPS):

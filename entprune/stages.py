@@ -2,7 +2,8 @@
 
     analyse -> calibrate -> solve -> (search: allocate, assemble, score) -> certify -> measure
 
-Every stage takes a :class:`~entprune.runner.Runner`, so the same code runs in process and on a cluster and gives the same plan.
+Every stage takes a :class:`~entprune.runner.Runner`, so the same code runs in process and on a cluster and gives the
+same plan.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def analyse(model: nn.Module, input_shape: tuple[int, int, int], config: PruneCo
     groups = find_groups(dense, torch.zeros(2, *input_shape), keep=config.keep)
     groups = confirm_groups(dense, groups, input_shape)
     if not groups.groups:
-        reasons = "; ".join(f"{entry.layer}: {entry.reason}" for entry in groups.unprunable[:4]) or "it has no dense layers"
+        listed = "; ".join(f"{entry.layer}: {entry.reason}" for entry in groups.unprunable[:4])
+        reasons = listed or "it has no dense layers"
         raise ModelError(f"nothing in this network can be pruned ({reasons}); see `entprune inspect`.")
     return Network(
         model=dense,
@@ -182,8 +184,10 @@ def group_problem(network: Network, group: ChannelGroup, statistics: Statistics)
         moments = statistics[piece.layer].moments
         layer = network.model.get_submodule(piece.layer)
         if moments is None:
-            raise ModelError(f"layer {piece.layer!r}: expected moments of its inputs, got none; calibrate it as a consumer.")
-        weight = layer.weight.detach().flatten(1).numpy()  # type: ignore[union-attr, operator]
+            raise ModelError(
+                f"layer {piece.layer!r}: expected moments of its inputs, got none; calibrate it as a consumer."
+            )
+        weight = layer.weight.detach().flatten(1).numpy()  # type: ignore[operator]
         consumers[piece.layer] = (moments.covariance(), weight, consumer_features(layer, piece))
     return build_problem(group.name, group.num_channels, consumers)
 
@@ -274,7 +278,8 @@ def predict(model: nn.Module, images: ImageSet, config: PruneConfig, runner: Run
 
 def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:
     """(n,) bool: whether the largest logit is that of the image's class; never where a logit is not finite."""
-    return (logits.argmax(1) == images.split.labels[images.indices]) & np.isfinite(logits).all(1)
+    right = logits.argmax(1) == images.split.labels[images.indices]
+    return np.asarray(right & np.isfinite(logits).all(1))
 
 
 def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -> DenseReference:
@@ -284,7 +289,9 @@ def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -
         DataError: a logit is not finite.
     """
     if not np.isfinite(logits).all():
-        raise DataError("expected finite network outputs on the validation images, got NaN or infinity; check data and weights.")
+        raise DataError(
+            "expected finite network outputs on the validation images, got NaN or infinity; check data and weights."
+        )
     return DenseReference(
         labels=images.split.labels[images.indices],
         probabilities=torch.from_numpy(logits).softmax(1).numpy(),

@@ -39,8 +39,7 @@ def write_bundle(path: Path, arrays: Mapping[str, np.ndarray], content: Mapping[
         content: what JSON can hold; NaN and infinity are not part of JSON.
 
     Raises:
-        OutputError: the file cannot be written.
-        ValueError: `content` holds NaN or infinity.
+        OutputError: the file cannot be written. ValueError: `content` holds NaN or infinity.
     """
     text = json.dumps(content, allow_nan=False)
     ordered = {name: _stored_form(array) for name, array in arrays.items()}

@@ -230,6 +230,8 @@ def _show_result(report: dict[str, Any], output: Path, register: str | None) -> 
     lines.append(("load", f'entprune.load("{output / "model"}")'))
     if register is not None and lineage.get("registered_version") is not None:
         lines.append(("registered", f"models:/{register}/{lineage['registered_version']}"))
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        lines.append(("runs", "mlflow ui --backend-store-uri sqlite:///mlflow.db"))
     for title, text in lines:
         console.print(f"[bold]{title:<11}[/bold]{escape(text)}", soft_wrap=True)
     for warning in report.get("warnings", ()):

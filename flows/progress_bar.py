@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TaskID,
@@ -31,8 +30,7 @@ class RichReporter:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[amount]}"),
             TimeRemainingColumn(compact=True),
             console=self._console,
             transient=True,
@@ -61,7 +59,7 @@ class RichReporter:
         if self._task is None or step != self._step:
             self._show(step, total)
         if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
+            self._progress.update(self._task, completed=done, total=total, amount=f"{done} of {total}, left")
 
     def finished(self, stage: str, seconds: float, summary: str) -> None:
         """Replace the bar by a line that stays."""
@@ -73,7 +71,7 @@ class RichReporter:
     def _show(self, text: str, total: int | None) -> None:
         self._clear()
         self._step = text
-        self._task = self._progress.add_task(escape(text), total=total)
+        self._task = self._progress.add_task(escape(text), total=total, amount="")
 
     def _clear(self) -> None:
         if self._task is not None:

@@ -7,6 +7,7 @@ arrays inside them lie once per node in the object store and are read in place.
 from __future__ import annotations
 
 import logging
+import re
 import time
 import uuid
 import warnings
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from entprune.errors import EngineError, EntpruneError
 from entprune.runner import OnResult, Progress, Unit, Work, largest_first
@@ -24,6 +25,7 @@ from tasks.cluster import Cluster
 
 _logger = logging.getLogger(__name__)
 
+_DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)  # what a unit can be tried again after
 _HELD_VALUES = 4
 _MAX_DEATHS = 3
 _START_SECONDS = 300.0
@@ -148,7 +150,7 @@ class RayRunner:
 
     def __init__(self, cluster: Cluster, *, progress: Progress | None = None) -> None:
         self._pool = _Pool(cluster)
-        self._progress = progress
+        self.progress = progress
         self.units_run: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -168,8 +170,15 @@ class RayRunner:
             ray.kill(actor)
 
     def share(self, value: Any) -> SharedValue:
-        """Put a value into the object store, once for all workers."""
-        return SharedValue(ray.put(value))
+        """Put a value into the object store, once for all workers.
+
+        Raises:
+            EngineError: it does not fit.
+        """
+        try:
+            return SharedValue(ray.put(value))
+        except RayError as cause:
+            raise EngineError(f"cannot share data with the workers: {_reason(cause)}; free memory and disk space.") from cause
 
     def release(self, handle: SharedValue) -> None:
         """Let go of the value, here and in every worker."""
@@ -182,7 +191,7 @@ class RayRunner:
 
         Raises:
             EntpruneError: a unit raised it.
-            EngineError: a unit's worker died four times, or no worker could be placed.
+            EngineError: a unit's worker died four times, no worker could be placed, or the cluster is gone.
         """
         results: list[Any] = [None] * len(work)
         queue = deque(largest_first(work))
@@ -196,8 +205,10 @@ class RayRunner:
                 for number in numbers:
                     done += 1
                     self._report(stage, number, done, results, on_result)
-        except BaseException:
+        except BaseException as error:
             self._pool.restart_busy()
+            if isinstance(error, RayError):
+                raise EngineError(f"stage '{stage}': Ray failed ({_reason(error)}); see its logs.") from error
             raise
         return results
 
@@ -221,7 +232,7 @@ class RayRunner:
             except RayTaskError as error:
                 self._pool.idle.append(actor)
                 raise _original(error) from None
-            except (RayActorError, ObjectLostError) as error:
+            except _DEATHS as error:
                 deaths[number] += 1
                 _logger.warning("stage '%s': a worker died (%s); its unit is done again", stage, _reason(error))
                 self._replace(actor)
@@ -244,8 +255,8 @@ class RayRunner:
         self.units_run[stage] += 1
         if on_result is not None:
             on_result(number, results[number])
-        if self._progress is not None:
-            self._progress(stage, done, len(results))
+        if self.progress is not None:
+            self.progress(stage, done, len(results))
 
 
 def _original(error: RayTaskError) -> BaseException:
@@ -260,8 +271,11 @@ def _original(error: RayTaskError) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
+    """The line that says why, out of the many that Ray writes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    telling = [line for line in lines if line.startswith("The actor is dead because")]
+    telling += [line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return next(iter(telling or lines), type(error).__name__).rstrip(".")
 
 
 def _free_resources() -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from entprune.errors import ArtifactError, OutputError
 
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 class Store:
-    """A folder of results.
+    """A folder of results; they are written by a thread of its own, so that no worker waits for a disk.
 
     Args:
         directory: made when the first result is kept.
@@ -25,7 +26,14 @@ class Store:
     def __init__(self, directory: Path) -> None:
         self._directory = Path(directory)
         self._is_writable = True
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         self.reused: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.shutdown()  # what is finished is kept, however the run ends
 
     def path(self, stage: str, key: str) -> Path:
         """Where a result lies, whether it is there or not."""
@@ -46,7 +54,14 @@ class Store:
         return value
 
     def keep(self, stage: str, key: str, save: Callable[[Path], None]) -> None:
-        """Store a result; a run does not fail because its results cannot be kept for the next one."""
+        """Store a result that will not change; a run does not fail because its results cannot be kept for the next one."""
+        self._writer.submit(self._save, stage, key, save)
+
+    def flush(self) -> None:
+        """Wait until everything that was kept so far is written."""
+        self._writer.submit(lambda: None).result()
+
+    def _save(self, stage: str, key: str, save: Callable[[Path], None]) -> None:
         if not self._is_writable:
             return
         try:

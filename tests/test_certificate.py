@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,10 +23,14 @@ from tests.micro_networks import IMAGE_SHAPE, Bottleneck, Chain, Concat, Depthwi
 ALL = [Chain, Residual, Bottleneck, Concat, Depthwise]
 
 
+@functools.cache
+def groups_of(build: Callable[[], nn.Module]) -> ChannelGroups:
+    return find_groups(build(), torch.zeros(2, *IMAGE_SHAPE))
+
+
 def analysed(build: Callable[[], nn.Module], seed: int = 0) -> tuple[nn.Module, ChannelGroups]:
     torch.manual_seed(seed)
-    model = warm_up(build())
-    return model, find_groups(model, torch.zeros(2, *IMAGE_SHAPE))
+    return warm_up(build()), groups_of(build)
 
 
 def half_plan(groups: ChannelGroups, seed: int = 0) -> PruningPlan:

@@ -148,6 +148,7 @@ def test_memory_does_not_depend_on_the_number_of_rows() -> None:
     assert held_numbers(accumulator) == after_ten
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("settings", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("per_image", [1, 4, 10_000])
 def test_rows_times_weight_are_the_outputs_of_a_convolution(settings: dict[str, Any], per_image: int) -> None:

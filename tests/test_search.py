@@ -22,7 +22,7 @@ from entprune.stages import CandidateJob, CandidateScore
 
 NUM_IMAGES = 400
 WIDTHS = {"first": 30, "second": 60}
-CONFIG = PruneConfig(max_rounds=30, resolution=1.05, drop_estimate="labels")
+CONFIG = PruneConfig(max_rounds=30, resolution=1.3, drop_estimate="labels")
 
 
 def chain_cost(untouched: int = 0) -> CostModel:
@@ -104,14 +104,14 @@ def by_accuracy(
 # --- accuracy budgets ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=5)
-@given(st.floats(0.03, 0.9), st.integers(1, 4))
+@settings(max_examples=4)
+@given(st.floats(0.03, 0.9), st.integers(1, 3))
 def test_smallest_sufficient_size_is_found(threshold: float, per_round: int) -> None:
-    config = PruneConfig(max_rounds=60, resolution=1.02, candidates_per_round=per_round, drop_estimate="labels")
+    config = PruneConfig(max_rounds=60, resolution=1.05, candidates_per_round=per_round, drop_estimate="labels")
     found = by_accuracy(Scorer(lambda share: 0.0 if share >= threshold else 0.5), config=config)
     share = found.chosen.parameters / DENSE
     assert found.budget_met
-    assert threshold <= share <= 1.1 * threshold
+    assert threshold <= share <= 1.15 * threshold
 
 
 @settings(max_examples=5)
@@ -185,7 +185,7 @@ def test_sizes_of_candidates_are_those_of_their_plans() -> None:
 
 def test_no_plan_is_scored_twice() -> None:
     scorer = Scorer(lambda share: 0.0 if share > 0.2 else 0.5)
-    by_accuracy(scorer, config=PruneConfig(max_rounds=40, resolution=1.0001, drop_estimate="labels"))
+    by_accuracy(scorer, config=PruneConfig(max_rounds=8, resolution=1.0001, drop_estimate="labels"))
     digests = [plan.digest() for plan in scorer.scored]
     assert len(digests) == len(set(digests)) > 5
 

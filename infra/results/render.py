@@ -1,10 +1,10 @@
 """Keep and show the figures of real runs.
 
-    python infra/results/render.py --add RUN_FOLDER --name NAME --label LABEL --command "entprune prune ..."
+    python infra/results/render.py --add RUN_FOLDER --name NAME --label LABEL --command "entprune ..."
     python infra/results/render.py            # prints the table
     python infra/results/render.py --write    # puts it into README.md
 
-Each JSON file beside this script is the report of one run with the command that made it; figures are never typed by hand.
+Each JSON file beside this script is the report of one run with the command that made it; no figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ COLUMNS = (
 def main() -> None:
     """Add a run, print the table, or write it into the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--add", type=Path, metavar="RUN_FOLDER", help="copy report.json and the plot of widths from here")
+    parser.add_argument(
+        "--add", type=Path, metavar="RUN_FOLDER", help="copy report.json and the plot of widths from here"
+    )
     parser.add_argument("--name", help="file name of the added run")
     parser.add_argument("--label", help="first cell of its row")
     parser.add_argument("--command", help="what was run")

@@ -1,0 +1,64 @@
+"""Progress in the terminal, and where there is none."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from flows.progress_bar import RichReporter
+from tasks.progress import ProgressReporter, StageClock, report_to
+
+
+def run_stages(reporter: ProgressReporter) -> None:
+    clock = StageClock()
+    with report_to(reporter):
+        with clock.stage("solve"):
+            for done in (1, 2, 3):
+                clock.advance("solve", done, 3)
+            clock.summarise("3 [groups]")
+        with clock.stage("search"):
+            clock.advance("search, round 1", 1, 2)
+            clock.advance("search, round 2", 1, 4)
+
+
+def test_without_a_terminal_there_is_a_line_for_each_finished_stage() -> None:
+    stream = io.StringIO()
+    with RichReporter(Console(file=stream, width=80)) as reporter:
+        run_stages(reporter)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"✓ solve +[0-9.]+ s  3 \[groups\]", lines[0])
+    assert re.fullmatch(r"✓ search +[0-9.]+ s", lines[1])
+
+
+def test_in_a_terminal_each_step_has_a_bar() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, force_terminal=True, force_interactive=True, color_system=None)
+    with RichReporter(console) as reporter:
+        reporter.advanced("search", "search, round 2", 1, 4)
+        reporter._progress.refresh()
+        shown = stream.getvalue()
+        reporter.advanced("search", "search, round 3", 3, 4)
+        reporter._progress.refresh()
+        later = stream.getvalue()[len(shown) :]
+    assert "search, round 2" in shown
+    assert "1 of 4, left" in shown
+    assert "search, round 3" in later
+    assert "3 of 4, left" in later
+    assert "round 2" not in later.rpartition("round 3")[2]
+
+
+def test_failure_leaves_no_bar_and_no_line() -> None:
+    stream = io.StringIO()
+
+    def fail() -> None:
+        with RichReporter(Console(file=stream, width=80)) as reporter:
+            reporter.started("solve")
+            raise ZeroDivisionError("stop")
+
+    with pytest.raises(ZeroDivisionError, match="stop"):
+        fail()
+    assert stream.getvalue() == ""
