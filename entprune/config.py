@@ -88,14 +88,14 @@ class PruneConfig:
         device: torch device of the heavy work, "cpu" or "cuda".
     """
 
-    calibration_samples: int = 2048
-    validation_samples: int = 5000
+    calibration_samples: int = 1536
+    validation_samples: int = 4000
     calibration_shards: int = 4
     batch_size: int = 64
     min_rows: int = 10_000
     rows_per_feature: float = 2.0
     settings: tuple[PathSetting, ...] = field(
-        default_factory=lambda: (PathSetting(entropy_weight=1.0), PathSetting(entropy_weight=0.3))
+        default_factory=lambda: (PathSetting(entropy_weight=1.0), PathSetting(entropy_weight=3.0))
     )
     objective: Literal["parameters", "macs"] = "parameters"
     minimum_channels: int = 1
@@ -106,7 +106,7 @@ class PruneConfig:
     drop_estimate: DropEstimate = "posterior"
     confidence: float = 0.9
     candidates_per_round: int = 2
-    max_rounds: int = 5
+    max_rounds: int = 4
     resolution: float = 1.05
     certificate_tolerance: float = 1e-4
     threads: int = 1

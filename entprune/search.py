@@ -19,7 +19,7 @@ from entprune.plan import GroupPlan, PruningPlan
 from entprune.runner import Runner, Work
 from entprune.stages import CandidateJob, CandidateScore, score_candidate
 
-_SMALLEST_FRACTION = 0.01
+_SMALLEST_FRACTION = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

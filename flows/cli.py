@@ -212,7 +212,9 @@ def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
         tracking.check()
         reporter.started("start the flow engine")
         from flows.prune_model import prune_model
+        from flows.server import start_server
 
+        start_server()
         with hand_over(parameters, inputs), report_to(reporter):
             report = prune_model(parameters)
     _show_result(report, parameters.output, parameters.register)

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from prefect.runtime import flow_run
 from torch import nn
 
 from entprune.certificate import Certificate
-from entprune.config import PruneConfig
 from entprune.errors import EngineError
 from entprune.evaluation import Measurement
 from entprune.finetune import FinetuneConfig
@@ -26,12 +25,12 @@ from entprune.path import SparsityPath
 from entprune.pruning import RunFacts, build_report, build_smaller
 from entprune.search import SearchResult
 from entprune.storage import staging_directory
-from flows.environment import cache_folder, cluster_address, code_version
+from flows.environment import cache_folder, code_version
 from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
+from flows.workers import lone_worker_threads, start_workers, worker_config
 from tasks import stages, tracking
-from tasks.actors import RayRunner, accept_read_only_arrays
-from tasks.cluster import Cluster, WorkerShape, connect
+from tasks.actors import accept_read_only_arrays
 from tasks.progress import StageClock
 from tasks.stages import Engine, Workload
 from tasks.store import Store
@@ -83,35 +82,13 @@ def prune_model(parameters: PruneParameters) -> dict[str, Any]:
         stack.enter_context(warnings.catch_warnings())
         accept_read_only_arrays()
         with clock.stage("start"):
-            cluster = stack.enter_context(
-                connect(
-                    cluster_address(parameters.ray_address), workers=parameters.workers, shape=worker_shape(parameters)
-                )
-            )
-            runner = stack.enter_context(RayRunner(cluster, progress=clock.advance))
+            cluster, runner = stack.enter_context(start_workers(parameters))
+            runner.progress = clock.advance
             run_id = stack.enter_context(_tracked_run(parameters, work))
-        store = Store(cache_folder(parameters.cache_dir) / "store")
-        engine = Engine(runner, store, clock, finetune_threads=_all_threads(cluster))
+        store = stack.enter_context(Store(cache_folder(parameters.cache_dir) / "store"))
+        engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
         outcome = _run_stages(parameters, work, engine)
         return _publish(parameters, work, outcome, run_id, clock)
-
-
-def worker_config(parameters: PruneParameters) -> PruneConfig:
-    """Settings of the library's stages; a worker sees its own GPUs alone, so a device's number means nothing there."""
-    config = parameters.config()
-    return replace(config, device=config.device.partition(":")[0])
-
-
-def worker_shape(parameters: PruneParameters) -> WorkerShape:
-    """Cores and GPUs of each worker: one GPU where the device is one and nothing else was asked."""
-    config = parameters.config()
-    needs_gpu = config.device.startswith("cuda") and parameters.gpus_per_worker == 0.0
-    return WorkerShape(threads=config.threads, gpus=1.0 if needs_gpu else parameters.gpus_per_worker)
-
-
-def _all_threads(cluster: Cluster) -> int:
-    """Threads for work that one worker does while the others wait; workers elsewhere are on nodes of unknown size."""
-    return cluster.shape.threads * (cluster.workers if cluster.is_local else 1)
 
 
 def _run_stages(parameters: PruneParameters, work: Workload, engine: Engine) -> Outcome:

@@ -178,7 +178,9 @@ class RayRunner:
         try:
             return SharedValue(ray.put(value))
         except RayError as cause:
-            raise EngineError(f"cannot share data with the workers: {_reason(cause)}; free memory and disk space.") from cause
+            raise EngineError(
+                f"cannot share data with the workers: {_reason(cause)}; free memory and disk space."
+            ) from cause
 
     def release(self, handle: SharedValue) -> None:
         """Let go of the value, here and in every worker."""

@@ -214,17 +214,19 @@ def _joined(answers: LayerStatistics, moments: LayerStatistics | None) -> LayerS
 
 @stage_task("solve")
 def solve(
-    work: Workload, engine: Engine, statistics: Statistics, known: Mapping[SolveKey, SettingPath]
+    work: Workload, engine: Engine, statistics: Statistics, known: dict[SolveKey, SettingPath]
 ) -> dict[str, SparsityPath]:
-    """Sparsity paths of all groups; each continuation is stored as soon as it is there."""
+    """Sparsity paths of all groups; each continuation is stored, and known from then on, as soon as it is there."""
+    num_stored = len(known)
 
     def keep(key: SolveKey, path: SettingPath) -> None:
+        known[key] = path
         group, setting = work.network.groups.named(key[0]), key[1]
         engine.store.keep("paths", work.keys.path(group, setting), partial(save_setting_path, path))
 
     with engine.clock.stage("solve"):
         paths = solve_groups(work.network, statistics, work.config, engine.runner, known=known, on_result=keep)
-        engine.clock.summarise(f"{len(paths)} groups, {len(known)} continuations from the store")
+        engine.clock.summarise(f"{len(paths)} groups, {num_stored} continuations from the store")
         return paths
 
 

@@ -54,7 +54,7 @@ class Store:
         return value
 
     def keep(self, stage: str, key: str, save: Callable[[Path], None]) -> None:
-        """Store a result that will not change; a run does not fail because its results cannot be kept for the next one."""
+        """Store a result that will not change; that it cannot be stored is logged and fails no run."""
         self._writer.submit(self._save, stage, key, save)
 
     def flush(self) -> None:
@@ -69,6 +69,8 @@ class Store:
         except OutputError as error:
             self._is_writable = False
             _logger.warning("results of this run are not stored: %s", error)
+        except Exception:  # nobody waits for this thread to hear of it
+            _logger.exception("a result of stage '%s' cannot be stored", stage)
 
     def remember(
         self,

@@ -12,7 +12,7 @@ IMAGE_SHAPE = (2, 6, 6)
 
 
 class Chain(nn.Module):
-    """Convolution with BatchNorm and in-place ReLU, convolution with bias, pooling, flatten to 2x2, two linear layers."""
+    """Convolution with BatchNorm and in-place ReLU, convolution with bias, flatten of 2x2 pixels, two linear layers."""
 
     def __init__(self, widths: tuple[int, int, int] = (6, 5, 7), *, bias: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Assembly: nothing changes where nothing was lost, and where something was, refitting recovers what can be recovered."""
+"""Assembly: nothing changes where nothing was lost, and elsewhere refitting recovers what can be recovered."""
 
 from __future__ import annotations
 
@@ -101,7 +101,11 @@ def half_plan(model: nn.Module, seed: int = 0) -> PruningPlan:
 
 
 def assembled(
-    model: nn.Module, plan: PruningPlan, config: RefitConfig = FAITHFUL, sampling: SamplingPlan = EVERY_ROW, **options: Any
+    model: nn.Module,
+    plan: PruningPlan,
+    config: RefitConfig = FAITHFUL,
+    sampling: SamplingPlan = EVERY_ROW,
+    **options: Any,
 ) -> nn.Module:
     groups = groups_of(model)
     return assemble(model, groups, plan, data=refit_data(model, sampling), config=config, **options)
@@ -213,7 +217,10 @@ def layer_rows(model: nn.Module, name: str) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(layer, nn.Linear):
         return value.double().numpy(), output.double().numpy()
     unfolded = nn.functional.unfold(
-        value, layer.kernel_size, padding=layer.padding, stride=layer.stride  # type: ignore[arg-type]
+        value,
+        layer.kernel_size,
+        padding=layer.padding,
+        stride=layer.stride,  # type: ignore[arg-type]
     )
     rows = unfolded.transpose(1, 2).flatten(0, 1)
     return rows.double().numpy(), output.flatten(2).transpose(1, 2).flatten(0, 1).double().numpy()
@@ -373,7 +380,9 @@ def test_progress_ends_at_the_last_node() -> None:
 
 def test_layer_that_cannot_be_sliced_is_explained() -> None:
     selection = LayerSelection(outputs=np.array([0]))
-    with pytest.raises(ModelError, match="layer 'norm': expected a convolution, linear layer or BatchNorm, got GroupNorm"):
+    with pytest.raises(
+        ModelError, match="layer 'norm': expected a convolution, linear layer or BatchNorm, got GroupNorm"
+    ):
         slice_layer(nn.GroupNorm(2, 4), selection, "norm")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def collect(model: nn.Module, start: int, stop: int, **change: Any) -> dict[str,
 def test_sharded_equals_whole(model: nn.Module, inner: list[int]) -> None:
     edges = [0, *sorted(inner), 60]
     whole = collect(model, 0, 60)
-    merged = merge_statistics([collect(model, a, b) for a, b in zip(edges, edges[1:], strict=False)])
+    merged = merge_statistics([collect(model, a, b) for a, b in pairwise(edges)])
     assert list(merged) == list(whole)
     for layer, entry in whole.items():
         np.testing.assert_array_equal(merged[layer].outputs, entry.outputs)

@@ -113,13 +113,16 @@ def with_consumer(groups: ChannelGroups, name: str, change: Callable[[np.ndarray
 
 
 @pytest.mark.parametrize(
-    ("build", "name"), [(Chain, "conv1"), (Chain, "conv2"), (Residual, "stem"), (Residual, "conv1"), (Bottleneck, "conv3")]
+    ("build", "name"),
+    [(Chain, "conv1"), (Chain, "conv2"), (Residual, "stem"), (Residual, "conv1"), (Bottleneck, "conv3")],
 )
 def test_permuted_channels_of_one_consumer_fail(build: Callable[[], nn.Module], name: str) -> None:
     model, groups = analysed(build)
     plan = half_plan(groups)
     kept = plan.kept(name)
-    assert not np.array_equal(kept, np.sort(groups.named(name).num_channels - 1 - kept))  # the permutation moves the kept set
+    assert not np.array_equal(
+        kept, np.sort(groups.named(name).num_channels - 1 - kept)
+    )  # the permutation moves the kept set
     wrong = with_consumer(groups, name, lambda index: index[::-1])
     smaller = slice_network(model, wrong, plan)
     assert torch.isfinite(smaller(images())).all()  # it runs without complaint
@@ -154,7 +157,9 @@ def test_forgotten_producer_of_a_stream_fails() -> None:
         LayerSlice(layer=p.layer, index=np.roll(p.index, 1, axis=0)) if p.layer == "downsample.0" else p
         for p in stream.producers
     )
-    wrong = replace(groups, groups=tuple(replace(g, producers=shifted) if g.name == "conv3" else g for g in groups.groups))
+    wrong = replace(
+        groups, groups=tuple(replace(g, producers=shifted) if g.name == "conv3" else g for g in groups.groups)
+    )
     assert not judged(model, slice_network(model, wrong, plan), wrong, plan).passed
 
 

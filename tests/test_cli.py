@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def assert_one_sentence(error: str, *fragments: str) -> None:
 def install_flow(monkeypatch: pytest.MonkeyPatch, behaviour: Callable[[Any], Any]) -> None:
     """Replace the flow and the tracking server: engines take long to start."""
     monkeypatch.setattr("tasks.tracking.check", lambda: None)
+    monkeypatch.setattr("flows.server.start_server", lambda: None)
     module = ModuleType("flows.prune_model")
     module.prune_model = behaviour  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flows.prune_model", module)
@@ -300,6 +302,32 @@ def test_interruption_is_quiet(
     assert run_prune(arguments) == 130
     captured = capsys.readouterr()
     assert (captured.out, captured.err.strip()) == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_ctrl_c_in_a_terminal_ends_a_real_run_quietly(arguments: dict[str, str | None], tmp_path: Path) -> None:
+    given = [part for name, value in arguments.items() if value is not None for part in (name, value)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "prune", *given],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stderr is not None
+    shown = ""
+    while "start" not in shown:
+        shown = run.stderr.readline()
+        assert shown, "the run ended before it could be interrupted"
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the run
+    output, errors = run.communicate(timeout=60)
+    assert (run.returncode, output) == (130, "")
+    assert all(line.startswith("✓") for line in errors.splitlines()), errors
+    assert not Path(str(arguments["--output"])).exists()
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------

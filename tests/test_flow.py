@@ -21,7 +21,8 @@ from entprune.models import build_model
 from entprune.runner import InProcessRunner
 from entprune.training import TrainConfig, train
 from flows.parameters import PruneParameters
-from flows.prune_model import prune_model, worker_config, worker_shape
+from flows.prune_model import prune_model
+from flows.workers import worker_config, worker_shape
 from tasks.cluster import connect
 from tasks.progress import report_to
 from tasks.stages import cut_out, is_worth_retrying

@@ -67,7 +67,12 @@ def test_resnet18_has_one_group_for_each_stream_and_one_for_each_block() -> None
     groups = groups_of(builtin("resnet18_cifar", (3, 32, 32)), (3, 32, 32))
     blocks = [f"layer{stage}.{number}" for stage in (1, 2, 3, 4) for number in (0, 1)]
     inner = {f"{block}.conv1" for block in blocks}
-    assert {group.name for group in groups.groups} == inner | {"conv1", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"}
+    assert {group.name for group in groups.groups} == inner | {
+        "conv1",
+        "layer2.0.conv2",
+        "layer3.0.conv2",
+        "layer4.0.conv2",
+    }
     for block in blocks:
         group = groups.named(f"{block}.conv1")
         assert roles(group) == ({f"{block}.conv1"}, {f"{block}.bn1"}, {f"{block}.conv2"})
@@ -282,7 +287,9 @@ def test_trial_confirms_sound_groups() -> None:
 
 
 def test_layers_that_share_parameters_are_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten()
+    )
     model.append(nn.Linear(4 * 36, 3))
     model[4].weight = model[2].weight
     assert groups_of(model).groups == ()
@@ -325,7 +332,9 @@ class Undecided(nn.Module):
 
 
 def test_untraceable_network_is_explained_in_one_sentence() -> None:
-    with pytest.raises(ModelError, match="expected a network that torch.fx can trace, got Undecided: .* control flow") as caught:
+    with pytest.raises(
+        ModelError, match=r"expected a network that torch.fx can trace, got Undecided: .* control flow"
+    ) as caught:
         groups_of(Undecided())
     assert "\n" not in str(caught.value)
 
@@ -369,7 +378,12 @@ def test_failed_analysis_leaves_the_network_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     ("layer", "widths"),
-    [(nn.Conv2d(4, 6, 1), (4, 6)), (nn.Conv2d(4, 6, 1, groups=2), (4, 6)), (nn.Linear(3, 7), (3, 7)), (nn.BatchNorm2d(5), (5, 5))],
+    [
+        (nn.Conv2d(4, 6, 1), (4, 6)),
+        (nn.Conv2d(4, 6, 1, groups=2), (4, 6)),
+        (nn.Linear(3, 7), (3, 7)),
+        (nn.BatchNorm2d(5), (5, 5)),
+    ],
 )
 def test_widths_of_layers(layer: nn.Module, widths: tuple[int, int]) -> None:
     assert (input_width(layer), output_width(layer)) == widths

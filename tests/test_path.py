@@ -1,4 +1,4 @@
-"""The sparsity path: an order of all channels, errors that fall with the width, and the planted answer where there is one."""
+"""The sparsity path: an order of all channels, errors that fall with the width, and a planted answer that is found."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_errors_are_those_of_least_squares_on_the_kept_channels(problem: GroupPr
 
 @settings(max_examples=10)
 @given(PROBLEMS, st.sampled_from(SETTINGS))
-def test_snapshots_are_points_of_the_simplex_with_shrinking_support(problem: GroupProblem, setting: PathSetting) -> None:
+def test_snapshots_are_points_of_the_simplex_with_shrinking_support(
+    problem: GroupProblem, setting: PathSetting
+) -> None:
     path = solve_setting(problem, setting)
     np.testing.assert_allclose(path.snapshots.sum(1), 1.0, atol=1e-5)
     assert path.snapshots.min() >= 0
@@ -113,7 +115,7 @@ def test_loud_consumer_does_not_outvote_a_quiet_one() -> None:
 
 
 def planted(c: int, carriers: list[int], seed: int, *, decoy_weight: float) -> GroupProblem:
-    """Only the carriers matter; every other channel is a noisy copy of one of them, and is read weakly or not at all."""
+    """Only the carriers matter; every other channel is a noisy copy of one of them, read weakly or not at all."""
     generator = np.random.default_rng(seed)
     rows = generator.normal(size=(2000, c, 2))
     for channel in range(c):
@@ -224,7 +226,14 @@ def test_probabilities_of_a_width_are_those_of_the_nearest_support() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("entropy_weight", 11.0), ("drop_threshold", 0.0), ("l2_start", 2.0), ("l2_growth", 1.0), ("iterations", 0), ("max_drop", 1.5)],
+    [
+        ("entropy_weight", 11.0),
+        ("drop_threshold", 0.0),
+        ("l2_start", 2.0),
+        ("l2_growth", 1.0),
+        ("iterations", 0),
+        ("max_drop", 1.5),
+    ],
 )
 def test_setting_out_of_range_is_explained(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"path setting {name} is out of range, got {value}"):

@@ -50,7 +50,9 @@ def random_plan(groups: ChannelGroups, seed: int) -> PruningPlan:
     for group in groups.groups:
         kept = generator.permutation(group.num_channels)[: generator.integers(1, group.num_channels + 1)]
         entries.append(
-            GroupPlan(name=group.name, num_channels=group.num_channels, kept_channels=tuple(sorted(int(k) for k in kept)))
+            GroupPlan(
+                name=group.name, num_channels=group.num_channels, kept_channels=tuple(sorted(int(k) for k in kept))
+            )
         )
     return PruningPlan(groups=tuple(entries))
 
@@ -126,7 +128,9 @@ def test_reader_of_a_concatenation_keeps_what_both_branches_keep() -> None:
     model, groups = analysed(Concat)
     kept = {"left": (0, 2), "right": (1, 4), "join": (3,)}
     plan = PruningPlan(
-        groups=tuple(GroupPlan(name=g.name, num_channels=g.num_channels, kept_channels=kept[g.name]) for g in groups.groups)
+        groups=tuple(
+            GroupPlan(name=g.name, num_channels=g.num_channels, kept_channels=kept[g.name]) for g in groups.groups
+        )
     )
     selection = select_layers(model, groups, plan)
     assert selection["join"].inputs is not None

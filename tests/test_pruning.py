@@ -120,9 +120,9 @@ def test_network_becomes_much_smaller_within_the_budget(trained: Trained, result
 
 def test_report_has_every_field_of_the_schema(result: PruningResult) -> None:
     report = result.report
-    assert TOP_LEVEL <= set(report)
+    assert set(report) >= TOP_LEVEL
     assert report["schema_version"] == 1
-    assert FIGURES <= set(report["dense"])
+    assert set(report["dense"]) >= FIGURES
     assert FIGURES | {"accuracy_drop", "parameters_removed", "macs_removed"} <= set(report["one_shot"])
     assert report["fine_tuned"] is None
     for figures in (report["dense"], report["one_shot"]):
@@ -151,7 +151,9 @@ def test_report_tells_the_truth(trained: Trained, result: PruningResult) -> None
         assert 0 <= entry["reconstruction_error"] <= 1
     (chosen,) = {c["parameters"] for c in result.report["candidates"] if c["chosen"]}
     assert chosen == one_shot["parameters"]
-    assert result.report["validation"]["dense_accuracy"] == pytest.approx(accuracy(trained.model, trained.validation), abs=1e-3)
+    assert result.report["validation"]["dense_accuracy"] == pytest.approx(
+        accuracy(trained.model, trained.validation), abs=1e-3
+    )
 
 
 def test_plan_is_what_the_network_is(trained: Trained, result: PruningResult) -> None:
@@ -190,8 +192,12 @@ def pruned(trained: Trained, **options: Any) -> PruningResult:
 
 def test_impossible_budget_says_so_and_still_gives_a_certified_network(trained: Trained) -> None:
     strict = replace(CONFIG, max_rounds=1, candidates_per_round=1, drop_estimate="labels")
-    shuffled = replace(trained.validation, labels=trained.model(trained.validation.batch(np.arange(300))).argmax(1).numpy())
-    found = pruned(trained, budget=Budget(max_accuracy_drop=0.0), evaluate=shuffled, config=strict)  # the dense net is perfect
+    shuffled = replace(
+        trained.validation, labels=trained.model(trained.validation.batch(np.arange(300))).argmax(1).numpy()
+    )
+    found = pruned(
+        trained, budget=Budget(max_accuracy_drop=0.0), evaluate=shuffled, config=strict
+    )  # the dense net is perfect
     assert found.report["budget_met"] is False
     assert not any(candidate["accepted"] for candidate in found.report["candidates"])
     assert found.certificate.passed
@@ -249,7 +255,9 @@ def test_unusable_test_images_are_refused_before_any_work() -> None:
 
 def test_network_without_anything_to_prune_is_explained() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    with pytest.raises(ModelError, match=r"nothing in this network can be pruned \(1: its outputs are the network's outputs\)"):
+    with pytest.raises(
+        ModelError, match=r"nothing in this network can be pruned \(1: its outputs are the network's outputs\)"
+    ):
         prune(model, PIXELS, budget=Budget(parameters_removed=0.5))
 
 

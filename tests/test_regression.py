@@ -229,7 +229,9 @@ def test_quadratic_step_reaches_the_minimum_of_a_convex_problem() -> None:
 
 
 @given(st.integers(2, 6), BLOCKS, st.integers(0, 99), st.data())
-def test_keeping_channels_leaves_their_rows_and_columns(c: int, blocks: list[int], seed: int, data: st.DataObject) -> None:
+def test_keeping_channels_leaves_their_rows_and_columns(
+    c: int, blocks: list[int], seed: int, data: st.DataObject
+) -> None:
     problem = random_problem(c, blocks, seed)
     state = initial_state(problem)
     kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, c - 1), min_size=1))))
@@ -283,7 +285,9 @@ def build(covariance: np.ndarray, weight: np.ndarray, block: int) -> ConsumerPro
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 99), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
-def test_units_of_inputs_and_outputs_do_not_matter(c: int, block: int, seed: int, per_input: float, per_output: float) -> None:
+def test_units_of_inputs_and_outputs_do_not_matter(
+    c: int, block: int, seed: int, per_input: float, per_output: float
+) -> None:
     covariance = random_covariance(c * block, seed)
     weight = np.random.default_rng(seed).normal(size=(3, c * block))
     plain = build(covariance, weight, block)

@@ -85,9 +85,7 @@ def test_objective_never_rises_when_norms_and_entropy_differ_by_many_orders(size
 
 
 @given(vectors(ORDINARY), st.floats(0.01, 50), st.floats(1e-3, 10), st.integers(0, 99))
-def test_convex_step_beats_random_points(
-    norm_squared: Tensor, strength: float, l2_weight: float, seed: int
-) -> None:
+def test_convex_step_beats_random_points(norm_squared: Tensor, strength: float, l2_weight: float, seed: int) -> None:
     current = point_on_simplex(len(norm_squared), seed)
     best = step(norm_squared, l2_weight, -strength, current)
     reached = objective(best, norm_squared, l2_weight, -strength)

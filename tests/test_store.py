@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,9 @@ class Counted:
         self.store, self.runs = store, 0
 
     def __call__(self) -> int:
-        return self.store.remember("verdicts", "key", self._compute, load=load_number, save=save_number)
+        number = self.store.remember("logits", "key", self._compute, load=load_number, save=save_number)
+        self.store.flush()
+        return number
 
     def _compute(self) -> int:
         self.runs += 1
@@ -57,11 +60,11 @@ def test_result_is_computed_once(tmp_path: Path) -> None:
     stage = Counted(Store(tmp_path))
     assert [stage(), stage(), Counted(Store(tmp_path))()] == [7, 7, 7]
     assert stage.runs == 1
-    assert stage.store.reused["verdicts"] == 1
+    assert stage.store.reused["logits"] == 1
 
 
 def test_missing_result_is_none(tmp_path: Path) -> None:
-    assert Store(tmp_path).fetch("verdicts", "key", load_number) is None
+    assert Store(tmp_path).fetch("logits", "key", load_number) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -71,7 +74,7 @@ def test_damaged_result_is_deleted_and_computed_again(
 ) -> None:
     stage = Counted(Store(tmp_path))
     stage()
-    path = stage.store.path("verdicts", "key")
+    path = stage.store.path("logits", "key")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes({"cut": bytes(content[:-3]), "flipped": bytes(content), "empty": b""}[damage])
@@ -90,6 +93,21 @@ def test_store_that_cannot_be_written_costs_nothing_but_the_results(
     with caplog.at_level(logging.WARNING):
         assert [stage(), stage()] == [7, 7]
     assert caplog.text.count("results of this run are not stored") == 1
+
+
+def test_everything_kept_is_written_when_the_store_closes(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        for number in range(5):
+            store.keep("logits", str(number), partial(save_number, number))
+    found = [Store(tmp_path).fetch("logits", str(number), load_number) for number in range(5)]
+    assert found == list(range(5))
+
+
+def test_failure_to_save_is_logged_with_its_traceback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Store(tmp_path) as store:
+        store.keep("logits", "key", lambda path: 1 / 0)
+    assert "a result of stage 'logits' cannot be stored" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -248,6 +266,7 @@ def test_score_of_an_earlier_budget_is_what_this_budget_would_give(
     store = Store(tmp_path_factory.mktemp("store"))
     earlier = scored(FakeJob(dense, StopRule(max_drop=first, quantile=0.84, chunk=chunk)), predicted)
     keep_score(store, "key", CandidateScore(state={"w": np.ones(2, np.float32)}, predicted=earlier))
+    store.flush()
     job = FakeJob(dense, StopRule(max_drop=second, quantile=0.84, chunk=chunk))
     expected, recalled = scored(job, predicted), recall_score(job, store, "key")
     if recalled is None:
