@@ -116,6 +116,30 @@ def merge_statistics(shards: Sequence[Statistics]) -> dict[str, LayerStatistics]
     return merged
 
 
+class ShardSum:
+    """Sums shards as they come in, in any order, to the same bits as :func:`merge_statistics` in theirs.
+
+    Moments are large: a shard is held only until all before it have come.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, Statistics] = {}
+        self._count = 0
+        self._total: dict[str, LayerStatistics] = {}
+
+    def add(self, number: int, shard: Statistics) -> None:
+        """Add the shard of that number, counted from 0."""
+        self._waiting[number] = shard
+        while self._count in self._waiting:
+            following = self._waiting.pop(self._count)
+            self._total = merge_statistics([self._total, following] if self._count else [following])
+            self._count += 1
+
+    def total(self) -> dict[str, LayerStatistics]:
+        """The union of all shards so far."""
+        return self._total
+
+
 class _Collector:
     """Hooks that sample rows of every wanted layer while the network runs."""
 

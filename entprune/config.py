@@ -72,12 +72,14 @@ class PruneConfig:
         batch_size: images per forward pass.
         min_rows, rows_per_feature: sampled rows per layer (see SamplingPlan).
         settings: hyperparameter settings of the sparsity paths; the envelope keeps the best at every width.
+        loss_exponent: a group's predicted loss is its refit error to this power; below 1 it spares groups whose error
+            rises from almost nothing.
         objective: what is made small under an accuracy budget.
         minimum_channels: least width of a group.
         round_to: widths are multiples of this.
         keep: shell patterns of layers that must not change.
         relative_ridge, reestimate_batchnorm: see RefitConfig.
-        drop_estimate: how the drop on unseen images is estimated, "posterior" or "labels" (see entprune.selection).
+        drop_estimate: how the drop on new images is estimated: "labels", "posterior" or "blend" (entprune.selection).
         confidence: one-sided probability with which the accuracy budget shall hold on unseen data of the
             validation's kind.
         candidates_per_round, max_rounds, resolution: search; it stops when neighbouring sizes differ by less than
@@ -97,17 +99,18 @@ class PruneConfig:
     settings: tuple[PathSetting, ...] = field(
         default_factory=lambda: (PathSetting(entropy_weight=1.0), PathSetting(entropy_weight=3.0))
     )
+    loss_exponent: float = 0.7
     objective: Literal["parameters", "macs"] = "parameters"
     minimum_channels: int = 1
     round_to: int = 1
     keep: tuple[str, ...] = ()
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
-    drop_estimate: DropEstimate = "posterior"
+    drop_estimate: DropEstimate = "blend"
     confidence: float = 0.9
     candidates_per_round: int = 2
     max_rounds: int = 4
-    resolution: float = 1.05
+    resolution: float = 1.08
     certificate_tolerance: float = 1e-4
     threads: int = 1
     seed: int = 0
@@ -121,6 +124,8 @@ class PruneConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0.0 < self.loss_exponent <= 4.0:
+            raise ConfigError(f"loss_exponent must lie in (0, 4], got {self.loss_exponent}.")
         if not self.settings:
             raise ConfigError("settings must hold at least one path setting, got none.")
         if self.drop_estimate not in DROP_ESTIMATES:

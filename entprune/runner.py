@@ -44,8 +44,18 @@ class Runner(Protocol):
     def release(self, handle: Any) -> None:
         """Forget a shared value."""
 
-    def run(self, unit: Unit, work: Sequence[Work], *, stage: str, on_result: OnResult | None = None) -> list[Any]:
-        """Run all work; call `on_result(number, result)` in this thread as results come in."""
+    def run(
+        self, unit: Unit, work: Sequence[Work], *, stage: str, on_result: OnResult | None = None, keep: bool = True
+    ) -> list[Any]:
+        """Run all work.
+
+        Args:
+            unit: what is done with each work's arguments.
+            work: in any order.
+            stage: name for progress and errors.
+            on_result: called with (number, result) in this thread as results come in.
+            keep: without it the list returned holds None: large results live as long as `on_result` wants.
+        """
 
 
 class InProcessRunner:
@@ -69,17 +79,22 @@ class InProcessRunner:
     def release(self, handle: Any) -> None:
         """Nothing to forget: the caller's reference is the only one."""
 
-    def run(self, unit: Unit, work: Sequence[Work], *, stage: str, on_result: OnResult | None = None) -> list[Any]:
+    def run(
+        self, unit: Unit, work: Sequence[Work], *, stage: str, on_result: OnResult | None = None, keep: bool = True
+    ) -> list[Any]:
         """Run all work, largest first."""
         results: list[Any] = [None] * len(work)
         order = largest_first(work)
         with torch_threads(self._threads), ThreadPoolExecutor(self._workers) as pool:
-            futures = [(number, pool.submit(self._call, unit, work[number])) for number in order]
+            futures = {number: pool.submit(self._call, unit, work[number]) for number in order}
             try:
-                for done, (number, future) in enumerate(futures, start=1):
-                    results[number] = future.result()
+                for done, number in enumerate(order, start=1):
+                    result = futures.pop(number).result()
+                    if keep:
+                        results[number] = result
                     if on_result is not None:
-                        on_result(number, results[number])
+                        on_result(number, result)
+                    del result
                     if self._progress is not None:
                         self._progress(stage, done, len(work))
             finally:

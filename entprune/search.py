@@ -129,9 +129,9 @@ def search(
 def allocation_problem(
     paths: Mapping[str, SparsityPath], cost: CostModel, config: PruneConfig, objective: Objective
 ) -> AllocationProblem:
-    """Predicted losses are the paths' refit errors."""
+    """Predicted losses are the paths' refit errors to the power `loss_exponent`."""
     return AllocationProblem(
-        losses={name: path.errors for name, path in paths.items()},
+        losses={name: path.errors**config.loss_exponent for name, path in paths.items()},
         minimum={name: min(config.minimum_channels, path.num_channels) for name, path in paths.items()},
         cost=cost,
         objective=objective,
@@ -163,6 +163,11 @@ class _Session:
         self._handle: Any = None
         self._scores: dict[str, CandidateScore] = {}
         self.tried: list[Candidate] = []
+
+    @property
+    def max_drop(self) -> float:
+        """Budget in points, infinite without one."""
+        return float("inf") if self._job.stop.max_drop is None else self._job.stop.max_drop
 
     def close(self) -> None:
         if self._handle is not None:
@@ -245,12 +250,12 @@ def _by_accuracy(
     config: PruneConfig,
 ) -> SearchResult:
     """Narrow a bracket of kept fractions, several candidates per round, on a logarithmic scale."""
-    low, high = _smallest_fraction(problem), 1.0
+    bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
     for number in range(1, config.max_rounds + 1):
-        if number > 1 and high / low <= config.resolution:
+        if number > 1 and bracket.high / bracket.low <= config.resolution * 1.001:
             break
-        inner = np.geomspace(low, high, config.candidates_per_round + 2)[1:-1]
+        inner = bracket.next_fractions(config)
         plans = [plan_for_widths(paths, allocate(problem, float(fraction))) for fraction in inner]
         scores = session.score(plans, f"search, round {number}")
         judged = [
@@ -258,14 +263,42 @@ def _by_accuracy(
             for plan, score, fraction in zip(plans, scores, inner, strict=True)
         ]
         for candidate in judged:  # ascending size: the bracket's ends are the last refusal below the first acceptance
+            excess = (candidate.upper_bound or 0.0) - session.max_drop
             if candidate.accepted:
-                best, high = candidate, candidate.kept_fraction
+                best = candidate
+                bracket.high, bracket.excess_high = candidate.kept_fraction, excess
                 break
-            low = candidate.kept_fraction
+            bracket.low, bracket.excess_low = candidate.kept_fraction, excess
     if best is not None:
         return session.finish(best, True)
     nearest = min(session.tried, key=lambda candidate: candidate.upper_bound or 0.0)
     return session.finish(nearest, False)
+
+
+@dataclass(slots=True)
+class _Bracket:
+    """Kept fractions between which the budget is met, with the bounds' excess over the budget where it is known."""
+
+    low: float
+    high: float
+    excess_low: float | None = None
+    excess_high: float | None = None
+
+    def next_fractions(self, config: PruneConfig) -> np.ndarray:
+        """Fractions to try next, ascending, inside the bracket.
+
+        Evenly spaced at first; once both ends have been scored, close around the crossing that a line through them
+        predicts.
+        """
+        count = config.candidates_per_round
+        ratio = self.high / self.low
+        if self.excess_low is None or self.excess_high is None or ratio <= config.resolution**2:
+            return np.geomspace(self.low, self.high, count + 2)[1:-1]
+        share = self.excess_low / max(self.excess_low - self.excess_high, 1e-12)
+        centre = self.low * ratio**share
+        margin = config.resolution**0.5
+        low, high = max(centre / margin, self.low * margin**0.5), min(centre * margin, self.high / margin**0.5)
+        return np.geomspace(low, high, count) if count > 1 else np.array([centre])
 
 
 def _smallest_fraction(problem: AllocationProblem) -> float:

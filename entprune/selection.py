@@ -1,14 +1,16 @@
 """How much accuracy a candidate loses, estimated on validation images in pairs with the dense network.
 
-Two estimates of the drop on *unseen* images, both in points per image:
+Estimates of the drop on *unseen* images, in points per image:
 
 - "labels": dense right minus candidate right. Unbiased on images that the dense network was not trained on. On training
   images, which are all there is without a separate validation set, nearly every dense answer is right by memory, so
   each disagreement counts in full and the drop is overestimated.
 - "posterior": p(dense choice) - p(candidate's choice) under the dense network's own class probabilities p: the expected
   drop if labels were drawn from p. Disagreements where the dense network hesitates count little, as they do on new
-  images, and the variance is several times smaller. It trusts p to be calibrated; an overconfident network makes it
-  larger, hence cautious.
+  images, and the variance is several times smaller. It trusts p to be calibrated. On training images, which are easier
+  than new ones, there are too few disagreements, and the drop is underestimated.
+- "blend": the mean of the two, whose errors on training images have opposite signs. On unseen images all three agree in
+  expectation.
 
 Axes: n images, k classes.
 """
@@ -22,8 +24,8 @@ import numpy as np
 
 from entprune.errors import ConfigError
 
-DropEstimate = Literal["labels", "posterior"]
-DROP_ESTIMATES: tuple[DropEstimate, ...] = ("labels", "posterior")
+DropEstimate = Literal["labels", "posterior", "blend"]
+DROP_ESTIMATES: tuple[DropEstimate, ...] = ("labels", "posterior", "blend")
 NO_CLASS = -1  # of an image whose logits are not finite
 
 
@@ -63,10 +65,13 @@ class DenseReference:
         Returns:
             (j,) float64 in [-100, 100].
         """
+        wanted = estimate or self.estimate
+        if wanted == "blend":
+            return np.asarray(0.5 * (self.drops(predicted, "labels") + self.drops(predicted, "posterior")))
         count = len(predicted)
         probabilities = self.probabilities[:count].astype(np.float64)
         dense = probabilities.argmax(1)
-        if (estimate or self.estimate) == "labels":
+        if wanted == "labels":
             labels = self.labels[:count]
             return np.asarray(100.0 * ((dense == labels).astype(np.float64) - (predicted == labels)))
         rows = np.arange(count)

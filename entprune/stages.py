@@ -23,9 +23,9 @@ from entprune.assembly import RefitConfig, RefitData, assemble, dense_layers
 from entprune.calibration import (
     LayerStatistics,
     SamplingPlan,
+    ShardSum,
     Statistics,
     collect_statistics,
-    merge_statistics,
 )
 from entprune.certificate import confirm_groups
 from entprune.config import PruneConfig
@@ -38,7 +38,7 @@ from entprune.regression import GroupProblem, build_problem
 from entprune.runner import Runner, Work
 from entprune.selection import DenseReference, StopRule
 
-_EVALUATION_BATCH = 256
+_EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -137,10 +137,12 @@ def calibrate(network: Network, images: ImageSet, config: PruneConfig, runner: R
     sampling = sampling_plan(config, len(images))
     job = runner.share(CalibrationJob(network=network, images=images, sampling=sampling, device=config.device))
     work = [Work(shared=job, item=shard) for shard in shards(len(images), config.calibration_shards, config.batch_size)]
+    total = ShardSum()
     try:
-        return merge_statistics(runner.run(calibrate_shard, work, stage="calibrate"))
+        runner.run(calibrate_shard, work, stage="calibrate", on_result=total.add, keep=False)
     finally:
         runner.release(job)
+    return total.total()
 
 
 def shards(count: int, parts: int, batch_size: int) -> list[tuple[int, int]]:

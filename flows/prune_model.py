@@ -95,9 +95,10 @@ def _run_stages(parameters: PruneParameters, work: Workload, engine: Engine) -> 
     """Everything between the inputs and the files."""
     known = stages.recall_paths(work, engine.store)
     is_solved = len(known) == len(work.network.groups.groups) * len(work.config.settings)
-    statistics = stages.calibrate(work, engine, needs_moments=not is_solved)
-    paths = stages.solve(work, engine, statistics, known)
-    found, validation_accuracy = stages.search(work, engine, statistics, paths)
+    calibration = stages.calibrate(work, engine, needs_moments=not is_solved)
+    paths = stages.solve(work, engine, calibration, known)
+    calibration.drop_moments()
+    found, validation_accuracy = stages.search(work, engine, calibration, paths)
     models: dict[str, nn.Module] = {"dense": work.network.model, "one_shot": build_smaller(work.network, found)}
     certificate = stages.certify(work, engine, models["one_shot"], found.chosen.plan)
     if parameters.finetune_epochs:

@@ -188,8 +188,10 @@ class RayRunner:
         for actor in self._pool.actors():
             actor.forget.remote(handle.key)
 
-    def run(self, unit: Unit, work: Sequence[Work], *, stage: str, on_result: OnResult | None = None) -> list[Any]:
-        """Run all work.
+    def run(
+        self, unit: Unit, work: Sequence[Work], *, stage: str, on_result: OnResult | None = None, keep: bool = True
+    ) -> list[Any]:
+        """Run all work; arguments as for :meth:`entprune.runner.Runner.run`.
 
         Raises:
             EntpruneError: a unit raised it.
@@ -202,11 +204,17 @@ class RayRunner:
         try:
             while done < len(work):
                 self._hand_out(unit, work, queue)
-                numbers = self._collect(self._pool.wait(stage), results, queue, deaths, stage)
+                arrived = self._collect(self._pool.wait(stage), queue, deaths, stage)
                 self._hand_out(unit, work, queue)  # before the caller stores results: nobody waits for a disk
-                for number in numbers:
+                while arrived:
+                    number, result = arrived.popleft()
+                    if keep:
+                        results[number] = result
+                    if on_result is not None:
+                        on_result(number, result)
+                    del result
                     done += 1
-                    self._report(stage, number, done, results, on_result)
+                    self._count(stage, done, len(work))
         except BaseException as error:
             self._pool.restart_busy()
             if isinstance(error, RayError):
@@ -223,14 +231,14 @@ class RayRunner:
             pool.busy[reference] = (actor, number)
 
     def _collect(
-        self, finished: Sequence[Any], results: list[Any], queue: deque[int], deaths: Counter[int], stage: str
-    ) -> list[int]:
+        self, finished: Sequence[Any], queue: deque[int], deaths: Counter[int], stage: str
+    ) -> deque[tuple[int, Any]]:
         """Fetch results; a unit whose worker died goes back to the front of the queue."""
-        numbers: list[int] = []
+        arrived: deque[tuple[int, Any]] = deque()
         for reference in finished:
             actor, number = self._pool.busy.pop(reference)
             try:
-                results[number] = ray.get(reference)
+                result = ray.get(reference)
             except RayTaskError as error:
                 self._pool.idle.append(actor)
                 raise _original(error) from None
@@ -246,19 +254,18 @@ class RayRunner:
                 queue.appendleft(number)
             else:
                 self._pool.idle.append(actor)
-                numbers.append(number)
-        return numbers
+                arrived.append((number, result))
+                del result
+        return arrived
 
     def _replace(self, actor: Any) -> None:
         ray.kill(actor)
         self._pool.start()
 
-    def _report(self, stage: str, number: int, done: int, results: list[Any], on_result: OnResult | None) -> None:
+    def _count(self, stage: str, done: int, total: int) -> None:
         self.units_run[stage] += 1
-        if on_result is not None:
-            on_result(number, results[number])
         if self.progress is not None:
-            self.progress(stage, done, len(results))
+            self.progress(stage, done, total)
 
 
 def _original(error: RayTaskError) -> BaseException:

@@ -127,6 +127,21 @@ class Workload:
         )
 
 
+class Calibration:
+    """Statistics of every layer, whose moments can be let go: Prefect holds on to what a task returned until the end.
+
+    Attributes:
+        statistics: per layer.
+    """
+
+    def __init__(self, statistics: dict[str, LayerStatistics]) -> None:
+        self.statistics = statistics
+
+    def drop_moments(self) -> None:
+        """Keep the answers alone, which is all that candidates need."""
+        self.statistics = answers_only(self.statistics)
+
+
 class Engine:
     """What carries out a run's stages. No dataclass, for the same reason.
 
@@ -183,21 +198,21 @@ def recall_paths(work: Workload, store: Store) -> dict[SolveKey, SettingPath]:
 
 
 @stage_task("calibrate")
-def calibrate(work: Workload, engine: Engine, *, needs_moments: bool) -> dict[str, LayerStatistics]:
+def calibrate(work: Workload, engine: Engine, *, needs_moments: bool) -> Calibration:
     """Statistics of every layer; the moments, which are large, only where something is left to solve."""
     store, consumers = engine.store, work.network.consumers()
     answers_key, moments_key = work.keys.answers(work.network.refit_layers), work.keys.moments(consumers)
     with engine.clock.stage("calibrate"):
         answers = store.fetch("answers", answers_key, load_statistics)
         if answers is not None and not needs_moments:
-            return answers
+            return Calibration(answers)
         moments = None if answers is None else store.fetch("moments", moments_key, load_statistics)
         if answers is not None and moments is not None:
-            return {name: _joined(entry, moments.get(name)) for name, entry in answers.items()}
+            return Calibration({name: _joined(entry, moments.get(name)) for name, entry in answers.items()})
         statistics = calibrate_network(work.network, work.calibration, work.config, engine.runner)
         store.keep("moments", moments_key, partial(save_statistics, _moments_only(statistics)))
         store.keep("answers", answers_key, partial(save_statistics, answers_only(statistics)))
-        return statistics
+        return Calibration(statistics)
 
 
 def _moments_only(statistics: Statistics) -> dict[str, LayerStatistics]:
@@ -214,7 +229,7 @@ def _joined(answers: LayerStatistics, moments: LayerStatistics | None) -> LayerS
 
 @stage_task("solve")
 def solve(
-    work: Workload, engine: Engine, statistics: Statistics, known: dict[SolveKey, SettingPath]
+    work: Workload, engine: Engine, calibration: Calibration, known: dict[SolveKey, SettingPath]
 ) -> dict[str, SparsityPath]:
     """Sparsity paths of all groups; each continuation is stored, and known from then on, as soon as it is there."""
     num_stored = len(known)
@@ -225,7 +240,9 @@ def solve(
         engine.store.keep("paths", work.keys.path(group, setting), partial(save_setting_path, path))
 
     with engine.clock.stage("solve"):
-        paths = solve_groups(work.network, statistics, work.config, engine.runner, known=known, on_result=keep)
+        paths = solve_groups(
+            work.network, calibration.statistics, work.config, engine.runner, known=known, on_result=keep
+        )
         engine.clock.summarise(f"{len(paths)} groups, {num_stored} continuations from the store")
         return paths
 
@@ -235,7 +252,7 @@ def solve(
 
 @stage_task("search")
 def search(
-    work: Workload, engine: Engine, statistics: Statistics, paths: Mapping[str, SparsityPath]
+    work: Workload, engine: Engine, calibration: Calibration, paths: Mapping[str, SparsityPath]
 ) -> tuple[SearchResult, float]:
     """The smallest network within the budget, and the dense network's accuracy on the validation images."""
     with engine.clock.stage("search"):
@@ -243,7 +260,7 @@ def search(
             work, engine, work.network.model, work.validation, work.keys.validation, step="validate dense"
         )
         reference = dense_reference(dense, work.validation, work.config)
-        job = _candidate_job(work, statistics, reference)
+        job = _candidate_job(work, calibration.statistics, reference)
         found = search_budget(
             paths,
             work.network.cost,

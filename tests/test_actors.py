@@ -184,6 +184,12 @@ def test_largest_work_starts_first_and_results_arrive_in_this_thread(cluster: Cl
     assert progress == [("test", 1, 3), ("test", 2, 3), ("test", 3, 3)]
 
 
+def test_results_that_are_not_kept_go_to_the_caller_alone(runner: RayRunner) -> None:
+    seen: dict[int, int] = {}
+    assert run_shared(runner, add, 1, [1, 2], on_result=seen.__setitem__, keep=False) == [None, None]
+    assert seen == {0: 2, 1: 3}
+
+
 def test_library_errors_come_out_as_themselves(runner: RayRunner) -> None:
     with pytest.raises(DataError, match="expected another item, got 2") as caught:
         run_shared(runner, refuse, None, [1, 2, 3])

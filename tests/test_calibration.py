@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from entprune.calibration import LayerStatistics, SamplingPlan, collect_statistics, merge_statistics
+from entprune.calibration import LayerStatistics, SamplingPlan, ShardSum, collect_statistics, merge_statistics
 from entprune.errors import DataError
 from entprune.moments import feature_count
 from tests.micro_networks import Chain, random_split, warm_up
@@ -49,6 +49,21 @@ def test_sharded_equals_whole(model: nn.Module, inner: list[int]) -> None:
             np.testing.assert_allclose(other.mean, entry.moments.mean, rtol=1e-6, atol=1e-7)
             largest = np.abs(entry.moments.scatter).max()
             np.testing.assert_allclose(other.scatter, entry.moments.scatter, rtol=1e-6, atol=1e-6 * largest)
+
+
+@given(st.permutations(range(3)))
+@settings(max_examples=6)
+def test_shards_in_any_order_sum_to_the_same_bits(model: nn.Module, order: list[int]) -> None:
+    shards = [collect(model, start, stop) for start, stop in ((0, 16), (16, 40), (40, 60))]
+    expected = merge_statistics(shards)
+    total = ShardSum()
+    for number in order:
+        total.add(number, shards[number])
+    assert list(total.total()) == list(expected)
+    for layer, entry in expected.items():
+        np.testing.assert_array_equal(total.total()[layer].outputs, entry.outputs)
+        if entry.moments is not None:
+            np.testing.assert_array_equal(total.total()[layer].moments.scatter, entry.moments.scatter)
 
 
 def test_moments_are_those_of_what_the_layer_reads(model: nn.Module) -> None:

@@ -199,14 +199,6 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_absent_gpu_is_one_sentence(
-    arguments: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run_prune({**arguments, "--device": "cuda"}) == 2
-    assert_one_sentence(capsys.readouterr().err, "device 'cuda'", "no such GPU")
-
-
 REFUSE_AND_LIST_ENGINES = """
 import sys
 from flows.cli import main

@@ -31,6 +31,15 @@ def test_results_come_in_the_order_of_the_work(costs: list[int], workers: int) -
     assert seen == dict(enumerate(results))
 
 
+def test_results_that_are_not_kept_go_to_the_caller_alone() -> None:
+    seen: dict[int, Any] = {}
+    kept = InProcessRunner().run(
+        lambda _, item: item, work_of([1.0, 2.0]), stage="test", on_result=seen.__setitem__, keep=False
+    )
+    assert kept == [None, None]
+    assert seen == {0: 0, 1: 1}
+
+
 def test_largest_work_is_begun_first_and_equal_work_in_its_order() -> None:
     begun: list[int] = []
     InProcessRunner().run(lambda _, item: begun.append(item), work_of([1.0, 3.0, 2.0, 3.0]), stage="test")

@@ -19,7 +19,7 @@ def make_reference(size: int, seed: int, estimate: DropEstimate = "posterior") -
 
 @given(st.integers(1, 50), st.integers(0, 2**16))
 def test_a_candidate_that_agrees_with_the_dense_network_loses_nothing(size: int, seed: int) -> None:
-    for estimate in ("labels", "posterior"):
+    for estimate in ("labels", "posterior", "blend"):
         reference = make_reference(size, seed, estimate)  # type: ignore[arg-type]
         assert not reference.drops(reference.probabilities.argmax(1)).any()
 
@@ -58,7 +58,7 @@ def test_an_image_without_finite_logits_costs_the_whole_dense_probability() -> N
 
 
 def test_unknown_estimate_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"one of labels, posterior, got 'guess'"):
+    with pytest.raises(ConfigError, match=r"one of labels, posterior, blend, got 'guess'"):
         make_reference(3, 0, "guess")  # type: ignore[arg-type]
 
 

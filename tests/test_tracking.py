@@ -172,6 +172,7 @@ numpy.savez(sys.argv[2], **answers)
 """
 
 
+@pytest.mark.timeout(400)  # a new process imports torch and MLflow: long on a busy machine
 def test_registered_network_answers_alike_in_a_fresh_process(client: MlflowClient, run_id: str, tmp_path: Path) -> None:
     model = make_network()
     tags = {"certificate_passed": True, "checkpoint_sha256": "cd34", "parameters_removed": 0.5}
@@ -340,6 +341,7 @@ assert logging.getLogger().handlers == [], logging.getLogger().handlers
 """
 
 
+@pytest.mark.timeout(400)  # a new process imports torch and MLflow: long on a busy machine
 def test_first_use_in_a_fresh_folder_prints_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     completed = subprocess.run(
