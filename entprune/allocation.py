@@ -203,8 +203,8 @@ def allocate(problem: AllocationProblem, kept_fraction: float) -> dict[str, int]
     least = problem.cost.evaluate(problem.smallest(), problem.objective)
     if least > target:
         raise ConfigError(
-            f"at most {1 - least / dense:.1%} of the {problem.objective} can be removed from this network, "
-            f"{1 - kept_fraction:.1%} was asked; lower the budget or the least widths."
+            f"at most {1 - least / dense:.3%} of the {problem.objective} can be removed from this network, "
+            f"{1 - kept_fraction:.3%} was asked; lower the budget or the least widths."
         )
     low, high = 1e-9, 1e9  # price of the whole dense cost, log scale
     widths = problem.smallest()

@@ -227,7 +227,7 @@ def test_unit_that_always_kills_its_worker_is_given_up(runner: RayRunner, monkey
 
 
 def test_fraction_of_a_gpu_is_reserved(cluster: Cluster) -> None:
-    half = dataclasses.replace(cluster, shape=WorkerShape(gpus=0.5))
+    half = dataclasses.replace(cluster, workers=1, shape=WorkerShape(gpus=0.5))
     with RayRunner(half) as pool:
         seen = run_shared(pool, see_gpus, None, [0, 1])
     assert set(seen) <= {"0", "1"}

@@ -241,7 +241,7 @@ def test_size_budget_is_met_by_one_allocation(kind: str, removed: float, has_ref
 
 
 def test_unreachable_size_budget_is_explained() -> None:
-    with pytest.raises(ConfigError, match=r"of the parameters can be removed from this network, 99\.0% was asked"):
+    with pytest.raises(ConfigError, match=r"of the parameters can be removed from this network, 99\.000% was asked"):
         search(
             PATHS,
             chain_cost(untouched=DENSE),
