@@ -106,8 +106,8 @@ class PruneConfig:
     keep: tuple[str, ...] = ()
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
-    drop_estimate: DropEstimate = "blend"
-    confidence: float = 0.9
+    drop_estimate: DropEstimate = "posterior"
+    confidence: float = 0.95
     candidates_per_round: int = 2
     max_rounds: int = 4
     resolution: float = 1.08

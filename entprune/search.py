@@ -5,6 +5,7 @@ Selection uses validation images alone, paired with the dense network's answers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -263,7 +264,7 @@ def _by_accuracy(
             for plan, score, fraction in zip(plans, scores, inner, strict=True)
         ]
         for candidate in judged:  # ascending size: the bracket's ends are the last refusal below the first acceptance
-            excess = (candidate.upper_bound or 0.0) - session.max_drop
+            excess = _log_ratio(candidate.upper_bound or 0.0, session.max_drop)
             if candidate.accepted:
                 best = candidate
                 bracket.high, bracket.excess_high = candidate.kept_fraction, excess
@@ -277,7 +278,7 @@ def _by_accuracy(
 
 @dataclass(slots=True)
 class _Bracket:
-    """Kept fractions between which the budget is met, with the bounds' excess over the budget where it is known."""
+    """Kept fractions between which the budget is met, with log(bound / budget) at the ends where it is known."""
 
     low: float
     high: float
@@ -287,8 +288,8 @@ class _Bracket:
     def next_fractions(self, config: PruneConfig) -> np.ndarray:
         """Fractions to try next, ascending, inside the bracket.
 
-        Evenly spaced at first; once both ends have been scored, close around the crossing that a line through them
-        predicts.
+        Evenly spaced at first; once both ends have been scored, close around the crossing that a power law through them
+        predicts: the drop grows about geometrically as the network shrinks.
         """
         count = config.candidates_per_round
         ratio = self.high / self.low
@@ -299,6 +300,10 @@ class _Bracket:
         margin = config.resolution**0.5
         low, high = max(centre / margin, self.low * margin**0.5), min(centre * margin, self.high / margin**0.5)
         return np.geomspace(low, high, count) if count > 1 else np.array([centre])
+
+
+def _log_ratio(bound: float, budget: float) -> float:
+    return math.log(max(bound, 1e-3) / max(budget, 1e-3))
 
 
 def _smallest_fraction(problem: AllocationProblem) -> float:
