@@ -62,7 +62,7 @@ class Candidate:
             "validation_accuracy": self.accuracy,
             "validation_drop": self.accuracy_drop,
             "validation_label_drop": self.label_drop,
-            "drop_upper_bound": self.upper_bound,
+            "drop_upper_bound": None if self.upper_bound == math.inf else self.upper_bound,  # JSON knows no infinity
             "images": self.images,
             "accepted": self.accepted,
             "widths": self.plan.widths(),

@@ -131,7 +131,8 @@ def _join(address: str, timeout_seconds: float) -> None:
     except Exception as cause:  # a wrong token, another version, a cluster that is going down
         raise EngineError(
             f"cannot join the Ray cluster at '{address}': {_first_line(cause)}; "
-            "it must run the same versions of Ray and Python and share its authentication token."
+            "it must run the same versions of Ray and Python, and if it asks for a token, as Ray does by default, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a copy of its token."
         ) from cause
 
 

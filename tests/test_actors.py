@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,22 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def runner(cluster: Cluster) -> Iterator[RayRunner]:
     with RayRunner(cluster) as pool:
+        meet_all_workers(pool, 2)
         yield pool
+
+
+def own_pid(shared: Any, item: int) -> int:
+    time.sleep(0.05)
+    return os.getpid()
+
+
+def meet_all_workers(runner: Runner, count: int) -> None:
+    """Wait until every worker has run a unit: on a busy machine one may start much later than the other."""
+    seen: set[int] = set()
+    for _ in range(200):
+        seen.update(run_shared(runner, own_pid, None, list(range(2 * count))))
+        if len(seen) == count:
+            return
 
 
 def run_shared(runner: Runner, unit: Any, value: Any, items: list[Any], **options: Any) -> list[Any]:

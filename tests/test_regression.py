@@ -314,6 +314,11 @@ def test_scaled_output_variance_is_one_and_channels_have_unit_scale(c: int, bloc
     np.testing.assert_allclose(consumer.gram.diagonal().reshape(c, block).mean(1), 1.0, rtol=1e-4)
 
 
+def test_almost_silent_channel_is_not_made_as_loud_as_the_others() -> None:
+    consumer = build(np.diag([1.0, 1.0, 1e-10]), np.ones((2, 3)), 1)
+    assert consumer.gram[2, 2] < 1e-3 * consumer.gram[0, 0]
+
+
 def test_features_are_gathered_channel_by_channel() -> None:
     covariance = np.diag([1.0, 4.0, 9.0, 16.0])
     weight = np.array([[1.0, 2.0, 3.0, 4.0]])

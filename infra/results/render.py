@@ -27,7 +27,6 @@ COLUMNS = (
     "MACs removed",
     "latency, batch 64",
     "certificate",
-    "seconds",
 )
 
 
@@ -80,7 +79,6 @@ def row(entry: dict[str, Any]) -> tuple[str, ...]:
         f"{100 * small['macs_removed']:.1f} %",
         f"{dense['latency_ms']['64']:.0f} → {small['latency_ms']['64']:.0f} ms",
         f"{'passed' if certificate['passed'] else 'FAILED'}, {certificate['max_abs_difference']:.0e}",
-        f"{report['timings_seconds']['total']:.0f}",
     )
 
 
