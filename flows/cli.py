@@ -205,17 +205,20 @@ def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
     with RichReporter() as reporter:
         reporter.started("check the input")
         inputs = preflight(parameters)
-        from tasks import tracking  # engines only now: bad input has been refused
+        reporter.started("start the workers")  # engines only now: bad input has been refused
+        from flows.workers import start_workers
         from tasks.progress import report_to
 
-        reporter.started("reach the tracking server")
-        tracking.check()
-        reporter.started("start the flow engine")
-        from flows.prune_model import prune_model
-        from flows.server import start_server
+        with start_workers(parameters), hand_over(parameters, inputs), report_to(reporter):
+            from tasks import tracking  # these take their time while the workers come up
 
-        start_server()
-        with hand_over(parameters, inputs), report_to(reporter):
+            reporter.started("reach the tracking server")
+            tracking.check()
+            reporter.started("start the flow engine")
+            from flows.prune_model import prune_model
+            from flows.server import start_server
+
+            start_server()
             report = prune_model(parameters)
     _show_result(report, parameters.output, parameters.register)
     return 0 if report["certificate"]["passed"] else 1

@@ -108,20 +108,25 @@ def connect(
 
 
 def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
-    try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            object_store_memory=object_store_bytes(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except Exception as cause:  # Ray raises many kinds: a full disk, a forbidden socket, a timeout
-        raise EngineError(
-            f"cannot start Ray on this machine: {_first_line(cause)}; free memory and disk space."
-        ) from cause
+    for is_last in (False, True):  # on a busy machine Ray gives up after 30 s; the second start finds its files cached
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                object_store_memory=object_store_bytes(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as cause:  # Ray raises many kinds: a full disk, a forbidden socket, a timeout
+            ray.shutdown()
+            if is_last:
+                raise EngineError(
+                    f"cannot start Ray on this machine: {_first_line(cause)}; free memory and disk space."
+                ) from cause
+        else:
+            return
 
 
 def _join(address: str, timeout_seconds: float) -> None:

@@ -22,12 +22,13 @@ class Chain(nn.Module):
         self.conv2 = nn.Conv2d(widths[0], widths[1], 3, stride=2)
         self.relu2 = nn.ReLU(inplace=True)
         self.fc1 = nn.Linear(4 * widths[1], widths[2])
+        self.relu3 = nn.ReLU(inplace=True)
         self.fc2 = nn.Linear(widths[2], 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.conv2(x))
-        return self.fc2(torch.relu(self.fc1(torch.flatten(x, 1))))
+        return self.fc2(self.relu3(self.fc1(torch.flatten(x, 1))))
 
 
 class Residual(nn.Module):

@@ -94,6 +94,7 @@ def test_answers_are_explained_by_the_moments(model: nn.Module) -> None:
 def test_answers_of_in_place_activations_are_those_before_the_activation(model: nn.Module) -> None:
     statistics = collect(model, 0, 60)
     assert statistics["conv2"].outputs.min() < 0
+    assert statistics["fc1"].outputs.min() < 0
     assert statistics["conv1"].moments is None
 
 
