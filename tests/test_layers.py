@@ -67,5 +67,5 @@ def test_contracts_bite(copied_tree: Path, module: str, line: str, broken_contra
     assert completed.returncode == 1, completed.stdout + completed.stderr
     broken_lines = [
         text for text in completed.stdout.splitlines() if " BROKEN" in text
-    ]  # may be followed by a count of exceptions
+    ]
     assert any(text.startswith(broken_contract) for text in broken_lines), completed.stdout
