@@ -65,7 +65,5 @@ def test_contracts_bite(copied_tree: Path, module: str, line: str, broken_contra
         source.write(f"\n{line}\n")
     completed = run_lint_imports(copied_tree)
     assert completed.returncode == 1, completed.stdout + completed.stderr
-    broken_lines = [
-        text for text in completed.stdout.splitlines() if " BROKEN" in text
-    ]
+    broken_lines = [text for text in completed.stdout.splitlines() if " BROKEN" in text]
     assert any(text.startswith(broken_contract) for text in broken_lines), completed.stdout
