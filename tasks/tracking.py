@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 CHALLENGER = "challenger"
 
+# Read by mlflow when it is imported, whichever function comes first: its own log lines are for its developers.
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+
 _METRICS_PER_REQUEST, _PARAMS_PER_REQUEST = 1000, 100  # MLflow's own limits
 _MAX_POINTS = 200  # of one curve: more cannot be seen and only cost time
 _DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
