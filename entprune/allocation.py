@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from entprune.errors import ConfigError
-from entprune.groups import ChannelGroups, output_width
+from entprune.groups import ChannelGroups, shared_layers
+from entprune.layers import find_part, output_width, part_width
 
 Objective = Literal["parameters", "macs"]
 _BISECTIONS = 40
@@ -27,7 +28,8 @@ class LayerCost:
     """Size of one layer as a function of the widths of the groups it touches.
 
     parameters = taps * inputs * outputs + per_output * outputs, MACs = taps * inputs * outputs * positions, with
-    inputs = fixed_inputs + sum_g input_blocks[g] * width_g and outputs alike.
+    inputs = fixed_inputs + sum_g input_blocks[g] * width_g and outputs alike; no parameters where another layer that
+    shares them was counted (`is_counted` false).
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerCost:
     fixed_outputs: int
     input_blocks: Mapping[str, int]
     output_blocks: Mapping[str, int]
+    is_counted: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +77,9 @@ def _layer_cost(
     inputs = layer.fixed_inputs + sum(block * widths[name] for name, block in layer.input_blocks.items())
     outputs = layer.fixed_outputs + sum(block * widths[name] for name, block in layer.output_blocks.items())
     dense = layer.taps * inputs * outputs
-    return dense + layer.per_output * outputs if objective == "parameters" else dense * layer.positions
+    if objective == "macs":
+        return dense * layer.positions
+    return (dense + layer.per_output * outputs) * layer.is_counted
 
 
 def build_cost_model(model: nn.Module, groups: ChannelGroups, input_shape: tuple[int, int, int]) -> CostModel:
@@ -82,49 +87,68 @@ def build_cost_model(model: nn.Module, groups: ChannelGroups, input_shape: tuple
     positions = _output_positions(model, input_shape)
     reads: dict[str, dict[str, int]] = {}
     writes: dict[str, dict[str, int]] = {}
+    axes: dict[str, int] = {}
     for group in groups.groups:
-        for piece in group.consumers:
+        for piece in (*group.consumers, *group.readers):
             reads.setdefault(piece.layer, {})[group.name] = piece.index.shape[1]
         for piece in (*group.producers, *group.followers):
             writes.setdefault(piece.layer, {})[group.name] = piece.index.shape[1]
+            axes[piece.layer] = piece.axis
     full = {group.name: group.num_channels for group in groups.groups}
+    matrices = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    counted: set[nn.Parameter] = set()
     layers: list[LayerCost] = []
-    counted = 0
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) or name in writes:
-            counted += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            touched = reads.get(name, {}), writes.get(name, {})
-            layers.append(_describe(name, module, positions.get(name, 1), *touched, full))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return CostModel(layers=tuple(layers), untouched_parameters=total - counted)
+    for name in dict.fromkeys([*matrices, *writes]):
+        part = find_part(model, name)
+        own = {part} if isinstance(part, nn.Parameter) else set(_own_parameters(part))
+        size = _size(part, axes.get(name, 0), has_parameters=bool(own - counted))
+        touched = reads.get(name, {}), writes.get(name, {})
+        layers.append(_describe(name, size, positions.get(name, 0), *touched, full))
+        counted |= own
+    rest = sum(parameter.numel() for parameter in set(model.parameters()) - counted)
+    return CostModel(layers=tuple(layers), untouched_parameters=rest)
+
+
+def _own_parameters(part: nn.Module | torch.Tensor) -> list[nn.Parameter]:
+    return list(part.parameters(recurse=False)) if isinstance(part, nn.Module) else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Of one part at full width: its inputs and outputs, taps of each pair, further parameters of each output."""
+
+    inputs: int
+    outputs: int
+    taps: int
+    per_output: int
+    is_counted: bool
+
+
+def _size(part: nn.Module | torch.Tensor, axis: int, *, has_parameters: bool) -> _Size:
+    """Size of a part; what an earlier layer shares with it was counted there (`has_parameters` false)."""
+    if isinstance(part, nn.Conv2d):
+        taps, per_output = part.kernel_size[0] * part.kernel_size[1], int(part.bias is not None)
+        return _Size(part.in_channels // part.groups, part.out_channels, taps, per_output, has_parameters)
+    if isinstance(part, nn.Linear):
+        return _Size(part.in_features, part.out_features, 1, int(part.bias is not None), has_parameters)
+    width = part_width(part, axis)
+    numbers = part.numel() if isinstance(part, torch.Tensor) else sum(p.numel() for p in _own_parameters(part))
+    return _Size(0, width, 0, numbers // width, has_parameters)
 
 
 def _describe(
-    name: str,
-    module: nn.Module,
-    positions: int,
-    reads: Mapping[str, int],
-    writes: Mapping[str, int],
-    full: Mapping[str, int],
+    name: str, size: _Size, positions: int, reads: Mapping[str, int], writes: Mapping[str, int], full: Mapping[str, int]
 ) -> LayerCost:
-    if isinstance(module, nn.Conv2d):
-        taps = module.kernel_size[0] * module.kernel_size[1]
-        inputs, outputs = module.in_channels // module.groups, module.out_channels
-        per_output = int(module.bias is not None)
-    elif isinstance(module, nn.Linear):
-        taps, inputs, outputs, per_output = 1, module.in_features, module.out_features, int(module.bias is not None)
-    else:  # a channel-wise follower
-        affine = sum(parameter is not None for parameter in (module.weight, module.bias))
-        taps, inputs, outputs, per_output = 0, 0, output_width(module), affine
     return LayerCost(
         name=name,
-        taps=taps,
-        per_output=per_output,
+        taps=size.taps,
+        per_output=size.per_output,
         positions=positions,
-        fixed_inputs=inputs - sum(block * full[group] for group, block in reads.items()),
-        fixed_outputs=outputs - sum(block * full[group] for group, block in writes.items()),
-        input_blocks=dict(reads),
+        fixed_inputs=size.inputs - sum(block * full[group] for group, block in reads.items()) if size.taps else 0,
+        fixed_outputs=size.outputs - sum(block * full[group] for group, block in writes.items()),
+        input_blocks=dict(reads) if size.taps else {},
         output_blocks=dict(writes),
+        is_counted=size.is_counted,
     )
 
 

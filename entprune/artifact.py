@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from entprune.checkpoints import save_state, sha256_file
 from entprune.errors import ArtifactError, CheckpointError, ConfigError, EntpruneError
+from entprune.layers import layer_sizes, resize
 from entprune.models import MODEL_NAMES, build_model
 from entprune.plan import PruningPlan
 from entprune.storage import atomic_write_text, staging_directory
@@ -29,12 +30,6 @@ FORMAT_VERSION = 1
 
 _WEIGHTS_NAME = "model.safetensors"
 _DESCRIPTION_NAME = "model.json"
-_WIDTHS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "Conv2d": (nn.Conv2d, ("in_channels", "out_channels", "groups")),
-    "Linear": (nn.Linear, ("in_features", "out_features")),
-    "BatchNorm1d": (nn.BatchNorm1d, ("num_features",)),
-    "BatchNorm2d": (nn.BatchNorm2d, ("num_features",)),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +112,7 @@ def save_model(
         description = {
             "format_version": FORMAT_VERSION,
             "card": card.to_dict(),
-            "layers": _read_widths(model),
+            "layers": layer_sizes(model),
             "plan": None if plan is None else plan.to_dict(),
             "weights": {"file": _WEIGHTS_NAME, "sha256": sha256_file(staging / _WEIGHTS_NAME)},
             "extra": dict(extra or {}),
@@ -174,16 +169,6 @@ def _check_saveable(model: nn.Module) -> None:
             raise ArtifactError(
                 f"expected finite weights, got NaN or infinity in '{name}'; train or prune the network again."
             )
-
-
-def _read_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Kind and sizes of every layer that pruning can narrow."""
-    widths: dict[str, dict[str, Any]] = {}
-    for name, layer in model.named_modules():
-        for kind, (layer_type, fields) in _WIDTHS.items():
-            if isinstance(layer, layer_type):
-                widths[name] = {"type": kind} | {field: int(getattr(layer, field)) for field in fields}
-    return widths
 
 
 def _read_description(directory: Path) -> dict[str, Any]:
@@ -247,48 +232,44 @@ def _build(directory: Path, card: ModelCard) -> nn.Module:
 
 def _narrow(directory: Path, network: nn.Module, layers: Mapping[str, Any]) -> None:
     """Give every layer its recorded sizes; parameters are left empty."""
-    present = _read_widths(network)
+    present = layer_sizes(network)
     if set(present) != set(layers):
         stranger = min(set(present) ^ set(layers))
         raise _misfit(directory, f"layer '{stranger}' is in only one of the two")
     for name, recorded in layers.items():
         if recorded == present[name]:
             continue
-        if (
-            not isinstance(recorded, dict)
-            or recorded.keys() != present[name].keys()
-            or recorded["type"] != present[name]["type"]
-        ):
-            raise _misfit(directory, f"layer '{name}' is recorded as {recorded}, got {present[name]}")
-        sizes = {field: size for field, size in recorded.items() if field != "type"}
-        for field, size in sizes.items():
-            if not isinstance(size, int) or not 1 <= size <= present[name][field]:
-                raise _misfit(directory, f"layer '{name}' has {field} {size}, expected 1 to {present[name][field]}")
-        _resize(network.get_submodule(name), sizes)
+        problem = _compare(recorded, present[name])
+        if problem is not None:
+            raise _misfit(directory, f"layer '{name}' {problem}")
+        resize(network, name, recorded)
 
 
-def _resize(layer: nn.Module, sizes: Mapping[str, int]) -> None:
-    for field, size in sizes.items():
-        setattr(layer, field, size)
-    if isinstance(layer, nn.Conv2d):
-        layer.weight = _empty(layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    elif isinstance(layer, nn.Linear):
-        layer.weight = _empty(layer.out_features, layer.in_features)
-    elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-        _resize_batchnorm(layer)
-    if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
-        layer.bias = _empty(len(layer.weight))
+def _compare(recorded: Any, present: Mapping[str, Any]) -> str | None:
+    """Why a layer cannot be cut to the recorded sizes, None if it can."""
+    if not isinstance(recorded, dict) or recorded.keys() != present.keys() or recorded["type"] != present["type"]:
+        return f"is recorded as {recorded}, got {dict(present)}"
+    for field, size in recorded.items():
+        if field in {"type", "source"}:
+            continue
+        sizes, limits = (value if isinstance(value, list) else [value] for value in (size, present[field]))
+        if len(sizes) != len(limits):
+            return f"has {field} {size}, expected one like {present[field]}"
+        for value, limit in zip(sizes, limits, strict=True):
+            if not isinstance(value, int) or not min(1, limit) <= value <= limit:
+                return f"has {field} {size}, expected 1 to {present[field]}"
+    return _compare_source(recorded)
 
 
-def _resize_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-    if layer.affine:
-        layer.weight, layer.bias = _empty(layer.num_features), _empty(layer.num_features)
-    if layer.running_mean is not None and layer.running_var is not None:
-        layer.running_mean, layer.running_var = torch.empty(layer.num_features), torch.empty(layer.num_features)
-
-
-def _empty(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape))
+def _compare_source(recorded: Mapping[str, Any]) -> str | None:
+    """What is wrong with the channels that a shortcut takes."""
+    source = recorded.get("source")
+    if source is None:
+        return None
+    is_list = isinstance(source, list) and len(source) == recorded["out_channels"]
+    if not is_list or not all(isinstance(c, int) and -1 <= c < recorded["in_channels"] for c in source):
+        return f"takes the channels {source}, expected {recorded['out_channels']} of {recorded['in_channels']}"
+    return None
 
 
 def _read_weights(directory: Path, expected_digest: str | None) -> dict[str, Tensor]:

@@ -11,8 +11,7 @@ Axes: t sampled rows, d kept features, m kept outputs.
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from entprune.calibration import SamplingPlan, Statistics
-from entprune.errors import ModelError
 from entprune.evaluation import ImageSplit
-from entprune.groups import ChannelGroups, input_width, shared_layers, trace
-from entprune.moments import GramSum, ProductSum, draw_positions, feature_count, read_rows
-from entprune.plan import LayerSelection, PruningPlan, select_layers
+from entprune.groups import ChannelGroups, shared_layers
+from entprune.layers import LayerSelection, input_width, is_dense, narrow_layers
+from entprune.moments import GramSum, ProductSum, count_positions, draw_positions, feature_count, read_rows
+from entprune.plan import PruningPlan, select_layers
+from entprune.tracing import called_modules, trace
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -66,66 +66,20 @@ def slice_network(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) ->
         ModelError: a layer that the plan touches cannot be sliced.
     """
     smaller = copy.deepcopy(model)
-    for name, selection in select_layers(model, groups, plan).items():
-        slice_layer(smaller.get_submodule(name), selection, name)
+    narrow_layers(smaller, select_layers(model, groups, plan))
     return smaller
 
 
-def slice_layer(layer: nn.Module, selection: LayerSelection, name: str) -> None:
-    """Keep only the selected inputs and outputs of one layer, in place."""
-    if isinstance(layer, _BATCH_NORM):
-        _slice_batchnorm(layer, selection)
-        return
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        raise ModelError(
-            f"layer {name!r}: expected a convolution, linear layer or BatchNorm, got {type(layer).__name__}."
-        )
-    weight = layer.weight.detach()
-    if selection.outputs is not None:
-        weight = weight[torch.from_numpy(selection.outputs)]
-        if layer.bias is not None:
-            layer.bias = _parameter(layer.bias.detach()[torch.from_numpy(selection.outputs)], layer.bias)
-    if selection.inputs is not None:
-        weight = weight[:, torch.from_numpy(selection.inputs)]
-    layer.weight = _parameter(weight, layer.weight)
-    if isinstance(layer, nn.Conv2d):
-        layer.out_channels, layer.in_channels = weight.shape[0], weight.shape[1] * layer.groups
-    else:
-        layer.out_features, layer.in_features = weight.shape
+def dense_layers(model: nn.Module, protected: Collection[str] = ()) -> tuple[str, ...]:
+    """Layers that assembly can refit, in execution order: dense, called once, with parameters of their own.
 
-
-def _slice_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, selection: LayerSelection) -> None:
-    if selection.outputs is None:
-        return
-    kept = torch.from_numpy(selection.outputs)
-    if layer.affine:
-        layer.weight = _parameter(layer.weight.detach()[kept], layer.weight)
-        layer.bias = _parameter(layer.bias.detach()[kept], layer.bias)
-    if layer.running_mean is not None and layer.running_var is not None:
-        layer.running_mean = layer.running_mean[kept].clone()
-        layer.running_var = layer.running_var[kept].clone()
-    layer.num_features = len(kept)
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.clone(), requires_grad=like.requires_grad)
-
-
-def dense_layers(model: nn.Module) -> tuple[str, ...]:
-    """Layers that assembly can refit, in execution order: ungrouped, called once, with parameters of their own."""
-    shared = shared_layers(model)
-    once = (name for name in _called_once(trace(model).graph) if name not in shared)
-    return tuple(name for name in once if _is_dense(model.get_submodule(name)))
-
-
-def _called_once(graph: fx.Graph) -> list[str]:
-    """Modules called once, in execution order."""
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    return [name for name, count in Counter(calls).items() if count == 1]
-
-
-def _is_dense(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    Args:
+        model: the network.
+        protected: layers that must not change.
+    """
+    left_out = shared_layers(model) | set(protected)
+    once = (name for name, count in called_modules(trace(model).graph).items() if count == 1)
+    return tuple(name for name in once if name not in left_out and is_dense(model.get_submodule(name)))
 
 
 def assemble(
@@ -155,7 +109,7 @@ def assemble(
     selection = select_layers(model, groups, plan)
     smaller = slice_network(model, groups, plan).eval().to(device)
     if any(len(group.kept_channels) < group.num_channels for group in plan.groups):
-        walk = _RefitWalk(graph or trace(model).graph, smaller, model, selection, data, config, device)
+        walk = _RefitWalk(graph or trace(model).graph, groups, smaller, model, selection, data, config, device)
         with torch.inference_mode():
             walk.run(progress)
     return smaller.cpu()
@@ -167,6 +121,7 @@ class _RefitWalk:
     def __init__(
         self,
         graph: fx.Graph,
+        groups: ChannelGroups,
         smaller: nn.Module,
         dense: nn.Module,
         selection: Mapping[str, LayerSelection],
@@ -174,7 +129,7 @@ class _RefitWalk:
         config: RefitConfig,
         device: str,
     ) -> None:
-        self._graph, self._once = graph, set(_called_once(graph))
+        self._graph, self._may_change = graph, _free_modules(graph, groups.protected)
         self._smaller, self._dense = smaller, dense
         self._selection, self._statistics, self._sampling = selection, data.statistics, data.sampling
         self._data, self._config, self._device = data, config, device
@@ -224,7 +179,7 @@ class _RefitWalk:
         entry = self._selection.get(name, LayerSelection())
         if entry.inputs is not None and len(entry.inputs) < input_width(self._dense.get_submodule(name)):
             self._changed = True
-        if not self._changed or name not in self._once:
+        if not self._changed or name not in self._may_change:
             return
         if isinstance(layer, _BATCH_NORM) and self._config.reestimate_batchnorm:
             _reestimate_batchnorm(layer, inputs)
@@ -257,13 +212,10 @@ class _RefitWalk:
         )
 
     def _positions(self, name: str, layer: nn.Module, value: Tensor, batch: int) -> Tensor | None:
-        """The positions at which the dense answers were taken: same seed, layer, batch and output size."""
-        if not isinstance(layer, nn.Conv2d):
-            return None
-        shape = _output_size(layer, value)
+        """The positions at which the dense answers were taken: same seed, layer, batch and number of positions."""
         return draw_positions(
-            layer,
-            torch.empty(value.shape[0], 1, *shape, device="meta"),
+            value.shape[0],
+            count_positions(layer, value),
             per_image=self._sampling.per_image(self._dense.get_submodule(name)),
             seed=self._sampling.seed,
             name=name,
@@ -271,22 +223,16 @@ class _RefitWalk:
         )
 
 
+def _free_modules(graph: fx.Graph, protected: Collection[str]) -> frozenset[str]:
+    """Modules that are called once and may change."""
+    return frozenset(name for name, count in called_modules(graph).items() if count == 1 and name not in protected)
+
+
 def _attribute(root: nn.Module, target: str) -> Any:
     value: Any = root
     for part in target.split("."):
         value = getattr(value, part)
     return value
-
-
-def _output_size(layer: nn.Conv2d, value: Tensor) -> tuple[int, int]:
-    shape = nn.functional.conv2d(
-        torch.empty(1, 1, *value.shape[2:], device="meta"),
-        torch.empty(1, 1, *layer.kernel_size, device="meta"),
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-    ).shape
-    return int(shape[2]), int(shape[3])
 
 
 class _RowFit:

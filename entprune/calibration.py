@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from entprune.errors import DataError
 from entprune.evaluation import ImageSplit
-from entprune.moments import MomentAccumulator, Moments, draw_positions, feature_count, merge, read_outputs, read_rows
+from entprune.moments import (
+    MomentAccumulator,
+    Moments,
+    count_positions,
+    draw_positions,
+    feature_count,
+    merge,
+    read_outputs,
+    read_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,8 +178,9 @@ class _Collector:
 
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             positions = draw_positions(
-                layer, output, per_image=per_image, seed=self._sampling.seed, name=name, batch=self.batch
-            )
+                len(output), count_positions(layer, inputs[0]),
+                per_image=per_image, seed=self._sampling.seed, name=name, batch=self.batch,
+            )  # fmt: skip
             self._outputs[name].append(read_outputs(layer, output, positions).cpu().clone())
             if name in self._accumulators:
                 self._accumulators[name].update(read_rows(layer, inputs[0], positions))

@@ -9,7 +9,8 @@ them.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from entprune.assembly import slice_network
-from entprune.groups import ChannelGroup, ChannelGroups, Unprunable, input_width
-from entprune.plan import GroupPlan, LayerSelection, PruningPlan, select_layers
+from entprune.groups import ChannelGroup, ChannelGroups, Unprunable
+from entprune.layers import LayerSelection, input_width, is_dense, output_width
+from entprune.models.resnet import PaddedShortcut
+from entprune.plan import GroupPlan, PruningPlan, select_layers
+
+
+_TRIAL_TOLERANCE = 1e-9  # of the same computation in float64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +32,9 @@ class Certificate:
     """Outcome of the comparison.
 
     Attributes:
-        max_abs_difference: largest difference of any output, relative to the largest absolute output of the masked
-            network.
+        max_abs_difference: largest difference of any output of the network or of one of its convolutions and linear
+            layers, relative to the largest absolute value there in the masked network; a layer whose contribution to
+            the network's output is tiny is compared all the same.
         tolerance: allowed.
         num_images: compared.
         passed: whether the difference is finite and within the tolerance.
@@ -62,13 +69,13 @@ def certify(
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=generator) * images.std() + images.mean()
-    batch = torch.cat([images, noise])
-    masked = masked_network(dense, smaller, groups, plan)
+    batch = torch.cat([images, noise]).double()
+    masked = masked_network(dense, smaller, groups, plan).double()
     small = copy.deepcopy(smaller).eval().double().cpu()
     with torch.inference_mode():
-        expected, actual = masked.double()(batch.double()), small(batch.double())
-    scale = float(expected.abs().max().clamp_min(1e-12))
-    difference = float((expected - actual).abs().max()) / scale
+        expected = _answers(masked, batch, select_layers(dense, groups, plan))
+        actual = _answers(small, batch, {})
+    difference = max(_relative_difference(expected[name], value) for name, value in actual.items())
     return Certificate(
         max_abs_difference=difference,
         tolerance=tolerance,
@@ -77,11 +84,43 @@ def certify(
     )
 
 
+def _answers(model: nn.Module, batch: Tensor, selection: Mapping[str, LayerSelection]) -> dict[str, Tensor]:
+    """Outputs of the network and of each dense layer, kept channels alone; of the last call if there are several."""
+    found: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        kept = selection.get(name, LayerSelection()).outputs
+
+        def hook(layer: nn.Module, _: object, output: Tensor) -> None:
+            axis = 1 if isinstance(layer, nn.Conv2d) else output.ndim - 1
+            index = torch.arange(output.shape[axis]) if kept is None else torch.from_numpy(kept)
+            found[name] = output.index_select(axis, index)  # a copy: what follows may work in place
+
+        return hook
+
+    dense = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_hook(record(name)) for name, layer in dense]
+    try:
+        answer = model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {**found, "": answer}
+
+
+def _relative_difference(expected: Tensor, actual: Tensor) -> float:
+    """Largest difference relative to the largest value; infinite where it is not a number."""
+    if expected.shape != actual.shape:
+        return float("inf")
+    difference = (expected - actual).abs().max() / expected.abs().max().clamp_min(1e-12)
+    return float("inf") if bool(difference.isnan()) else float(difference)
+
+
 def confirm_groups(model: nn.Module, groups: ChannelGroups, input_shape: tuple[int, int, int]) -> ChannelGroups:
     """Refuse the groups that cannot be certified, before any work is spent on them.
 
-    A trial cuts a random half of the channels out of all groups, and only if that fails out of one more group at a
-    time. It finds what the analysis of the coupling did not understand: channels that are mixed without a layer, or
+    A trial cuts a random half of the channels out of all groups, and only if that fails out of halves of them, down to
+    the one that is to blame. It finds what the analysis of the coupling did not understand: channels that are mixed without a layer, or
     that reach the network's output.
 
     Args:
@@ -90,17 +129,21 @@ def confirm_groups(model: nn.Module, groups: ChannelGroups, input_shape: tuple[i
         input_shape: (C, H, W).
     """
     images = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
-    if _survives_trial(model, groups.groups, images):
-        return groups
     confirmed: list[ChannelGroup] = []
     refused: list[Unprunable] = []
-    for group in groups.groups:
-        if _survives_trial(model, (*confirmed, group), images):
-            confirmed.append(group)
+    waiting = [groups.groups]
+    while waiting:
+        part = waiting.pop()
+        if not part or _survives_trial(model, (*confirmed, *part), images):
+            confirmed.extend(part)
+        elif len(part) > 1:
+            waiting.extend((part[len(part) // 2 :], part[: len(part) // 2]))  # the first half is tried next
         else:
             reason = "a trial showed that cutting its channels out is not the same as silencing them"
-            refused.extend(Unprunable(layer=piece.layer, reason=reason) for piece in group.producers)
-    return ChannelGroups(groups=tuple(confirmed), unprunable=(*groups.unprunable, *refused))
+            refused.extend(Unprunable(layer=piece.layer, reason=reason) for piece in part[0].producers)
+    if not refused:
+        return groups
+    return replace(groups, groups=tuple(confirmed), unprunable=(*groups.unprunable, *refused))
 
 
 def _survives_trial(model: nn.Module, tried: tuple[ChannelGroup, ...], images: Tensor) -> bool:
@@ -116,44 +159,55 @@ def _survives_trial(model: nn.Module, tried: tuple[ChannelGroup, ...], images: T
     )
     only = ChannelGroups(groups=tried, unprunable=())
     try:
-        return certify(model, slice_network(model, only, plan), only, plan, images).passed
+        smaller = slice_network(model, only, plan)
+        return certify(model, smaller, only, plan, images, tolerance=_TRIAL_TOLERANCE).passed
     except (RuntimeError, IndexError, ValueError):  # shapes that do not fit together
         return False
 
 
 def masked_network(dense: nn.Module, smaller: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:
-    """Full-size copy with the smaller network's weights and removed channels zeroed at every consumer's input."""
+    """Full-size copy with the smaller network's weights and removed channels zeroed at every consumer's input.
+
+    A normalisation over channels (LayerNorm, GroupNorm) takes its sums over the kept ones.
+    """
     masked = copy.deepcopy(dense).eval().cpu()
     selection = select_layers(dense, groups, plan)
     for name, small_layer in smaller.named_modules():
         layer = masked.get_submodule(name)
         entry = selection.get(name, LayerSelection())
-        _write_back(layer, small_layer, entry)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and entry.inputs is not None:
+        _write_back(name, layer, small_layer, selection)
+        if is_dense(layer) and entry.inputs is not None:
             layer.register_forward_pre_hook(_silence(layer, entry.inputs))
+        if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) and entry.outputs is not None:
+            layer.register_forward_hook(_normalise_kept(small_layer, entry.outputs))
     return masked
 
 
-def _write_back(layer: nn.Module, small_layer: nn.Module, entry: LayerSelection) -> None:
+def _write_back(
+    name: str, layer: nn.Module, small_layer: nn.Module, selection: Mapping[str, LayerSelection]
+) -> None:
     """Scatter the smaller layer's own parameters and buffers into the full-size layer."""
+    if isinstance(layer, PaddedShortcut):
+        return
     small = dict(small_layer.named_parameters(recurse=False)) | dict(small_layer.named_buffers(recurse=False))
     full = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
+    whole = selection.get(name, LayerSelection())
     with torch.no_grad():
-        for name, value in small.items():
-            target = full[name]
-            if value.ndim == 0:
-                target.copy_(value)
-                continue
-            rows = _positions(entry.outputs, target.shape[0])
-            if name == "weight" and value.ndim > 1:
-                columns = _positions(entry.inputs, target.shape[1])
-                target[rows[:, None], columns] = value.detach().cpu()
-            else:
-                target[rows] = value.detach().cpu()
+        for own, value in small.items():
+            entry = selection.get(f"{name}.{own}" if name else own, whole)
+            full[own][_kept(own, full[own], entry)] = value.detach().cpu()
 
 
-def _positions(selected: np.ndarray | None, width: int) -> Tensor:
-    return torch.arange(width) if selected is None else torch.from_numpy(selected)
+def _kept(own: str, full: Tensor, entry: LayerSelection) -> tuple[Tensor, ...]:
+    """Index of the kept entries of a tensor."""
+    if full.ndim == 0:
+        return ()
+    positions = [torch.arange(size) for size in full.shape]
+    if entry.outputs is not None:
+        positions[entry.axis] = torch.from_numpy(entry.outputs)
+    if entry.inputs is not None and own == "weight" and full.ndim > 1:
+        positions[1] = torch.from_numpy(entry.inputs)
+    return torch.meshgrid(*positions, indexing="ij")
 
 
 def _silence(layer: nn.Module, kept: np.ndarray) -> Any:
@@ -166,3 +220,21 @@ def _silence(layer: nn.Module, kept: np.ndarray) -> Any:
         return (value * mask.to(value).reshape(shape), *inputs[1:])
 
     return hook
+
+
+def _normalise_kept(small_layer: nn.Module, kept: np.ndarray) -> Any:
+    """Replace a normalisation's output: the narrow layer's at the kept channels, zero elsewhere."""
+    small, index = copy.deepcopy(small_layer).eval().double().cpu(), torch.from_numpy(kept)
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        axis = _norm_axis(layer, output)
+        result = torch.zeros_like(output)
+        return result.index_copy(axis, index, small(inputs[0].index_select(axis, index)))
+
+    return hook
+
+
+def _norm_axis(layer: nn.Module, output: Tensor) -> int:
+    """Axis of a normalisation's channels: the last one for LayerNorm itself, images first for what derives from it."""
+    is_derived = type(layer) is not nn.LayerNorm and output.shape[1] == output_width(layer)
+    return 1 if isinstance(layer, nn.GroupNorm) or is_derived else output.ndim - 1

@@ -1,7 +1,5 @@
 """Which channels can only be kept or removed together, and which layers write and read them.
 
-The coupling comes from torch-pruning's dependency graph; nothing else in the package knows that library.
-
 Axes: c channels of the group, b features per channel in one layer (1 for a convolution, H*W for a linear layer after
 a flatten).
 """
@@ -9,23 +7,20 @@ a flatten).
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning as tp
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from entprune.coupling import Coupling, LabelledLayer, couple
 from entprune.errors import ModelError
-from entprune.models.resnet import PaddedShortcut
+from entprune.labels import FIXED_ZERO
+from entprune.tracing import trace
 
-# Layers whose input channels are read through a dense weight, and followers that act on each channel alone.
-_DENSE = (nn.Conv2d, nn.Linear)
-_FOLLOWERS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_NO_READER = "no layer that can be re-estimated reads its outputs"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -33,13 +28,15 @@ class LayerSlice:
     """Where a group's channels lie in one layer.
 
     Attributes:
-        layer: dotted module name.
-        index: (c, b) positions of each channel along the layer's input axis (consumers) or output axis (producers,
-            followers).
+        layer: dotted module name, or the name of a parameter or buffer that is used outside a layer.
+        index: (c, b) positions of each channel along the layer's input axis (consumers, readers) or output axis
+            (producers, followers).
+        axis: of such a parameter or buffer.
     """
 
     layer: str
     index: np.ndarray
+    axis: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,11 +44,13 @@ class ChannelGroup:
     """Channels that are kept or removed together.
 
     Attributes:
-        name: name of the first producer in execution order.
-        num_channels: c.
-        producers: layers whose outputs are the channels.
-        followers: channel-wise layers with parameters on the way (BatchNorm).
-        consumers: layers that read the channels through a dense weight.
+        name: name of the first producer in execution order, with a number if it writes several groups.
+        num_channels: c; what is tied together (a whole group of a grouped convolution, say) is one of them.
+        producers: dense layers whose outputs are the channels.
+        followers: channel-wise layers on the way that have an entry for each (normalisations, depthwise and grouped
+            convolutions, shortcuts, scales).
+        consumers: layers that read the channels through a dense weight: the regressions.
+        readers: layers whose inputs are cut without a regression: shortcuts, and heads that run in training alone.
     """
 
     name: str
@@ -59,11 +58,12 @@ class ChannelGroup:
     producers: tuple[LayerSlice, ...]
     followers: tuple[LayerSlice, ...]
     consumers: tuple[LayerSlice, ...]
+    readers: tuple[LayerSlice, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unprunable:
-    """A layer whose output channels stay, and why."""
+    """A layer whose output channels stay, all or some, and why."""
 
     layer: str
     reason: str
@@ -71,10 +71,17 @@ class Unprunable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChannelGroups:
-    """All prunable groups of a network in execution order, and every layer that is not prunable."""
+    """All prunable groups of a network in execution order, and every layer that is not prunable.
+
+    Attributes:
+        groups: prunable groups.
+        unprunable: layers left alone, each with the reason.
+        protected: layers that must not change at all.
+    """
 
     groups: tuple[ChannelGroup, ...]
     unprunable: tuple[Unprunable, ...]
+    protected: frozenset[str] = field(default_factory=frozenset)
 
     def named(self, name: str) -> ChannelGroup:
         """Return the group called `name`."""
@@ -86,179 +93,181 @@ class ChannelGroups:
         )
 
 
-class _KeptAsIs(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
-    """Makes a parameter-free module visible in the dependency graph: groups that pass through it are refused."""
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:  # noqa: ARG002 -- their interface
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: PaddedShortcut) -> int:
-        return int(layer.out_channels)
-
-    def get_in_channels(self, layer: PaddedShortcut) -> int:
-        return int(layer.in_channels)
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Symbolically trace the network.
-
-    Raises:
-        ModelError: its forward pass depends on data in a way that cannot be traced.
-    """
-    try:
-        return _LeafTracer.trace_module(model)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"expected a network that torch.fx can trace, got {type(model).__name__}: {reason}. "
-            "Replace Python control flow on tensors by tensor operations."
-        ) from error
-
-
-class _LeafTracer(fx.Tracer):
-    """Keeps the built-in shortcut module whole."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PaddedShortcut) or super().is_leaf_module(m, module_qualified_name)
-
-    @classmethod
-    def trace_module(cls, model: nn.Module) -> fx.GraphModule:
-        return fx.GraphModule(model, cls().trace(model))
-
-
-def find_groups(model: nn.Module, example_input: Tensor, *, keep: Iterable[str] = ()) -> ChannelGroups:
+def find_groups(
+    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, keep: Iterable[str] = ()
+) -> ChannelGroups:
     """Find the channel groups of a network.
 
     Args:
         model: network; it is not changed.
-        example_input: (n, C, H, W) one batch of the right shape.
+        example_input: (n, C, H, W) one batch of two images or more, or all arguments of the forward pass.
         keep: shell patterns of layer names that must not change at all, neither outputs nor inputs.
 
     Returns:
         Prunable groups and the layers left alone, each with a reason.
 
     Raises:
-        ModelError: the network cannot be traced, or a pattern matches no layer.
+        ModelError: the network cannot be traced, does not take such inputs, or a pattern matches no layer.
     """
-    model = copy.deepcopy(model).eval()  # tracing marks and hooks what it walks through
-    names = {module: name for name, module in model.named_modules()}
-    order = _call_order(trace(model))
-    patterns = tuple(keep)
-    _check_patterns(patterns, order)
-    shared = shared_layers(model)
-    found: list[ChannelGroup] = []
-    unprunable: list[Unprunable] = []
-    for raw in _coupled_sets(model, example_input):
-        group, problem = _convert(raw, names, order, keep=patterns, shared=shared)
-        if problem is None and group is not None:
-            found.append(group)
-        else:
-            unprunable.extend(
-                Unprunable(layer=names[module], reason=problem or "unknown")
-                for module in dict.fromkeys(item.dep.target.module for item in raw if _writes(item))
-                if isinstance(module, _DENSE)
-            )
-    position = {name: place for place, name in enumerate(order)}
-    found.sort(key=lambda group: position[group.name])
-    unprunable.sort(key=lambda entry: position.get(entry.layer, len(position)))
-    return ChannelGroups(groups=tuple(found), unprunable=tuple(unprunable))
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    coupling = couple(model, inputs)
+    trace(copy.deepcopy(model).eval())  # what cannot be traced cannot be assembled later: say so now
+    protected = _protect(coupling, tuple(keep))
+    finder = _GroupFinder(model, coupling)
+    return ChannelGroups(groups=finder.groups(), unprunable=finder.unprunable(), protected=protected)
 
 
-def _call_order(graph_module: fx.GraphModule) -> dict[str, int]:
-    """Names of the called modules in execution order with the number of calls of each."""
-    calls: dict[str, int] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    return calls
-
-
-def _check_patterns(patterns: Sequence[str], order: Iterable[str]) -> None:
-    layers = list(order)
+def _protect(coupling: Coupling, patterns: Sequence[str]) -> frozenset[str]:
+    """Pin everything that the kept layers read and write."""
+    layers = [*dict.fromkeys([*(name for name in coupling.calls if name), *coupling.layers])]
+    protected: set[str] = set()
     for pattern in patterns:
-        if not any(fnmatchcase(layer, pattern) for layer in layers):
-            raise ModelError(f"keep pattern {pattern!r} matches no layer; expected one of {', '.join(layers[:12])}.")
+        matched = [layer for layer in layers if fnmatchcase(layer, pattern)]
+        if not matched:
+            known = [layer for layer in layers if layer in coupling.layers]
+            raise ModelError(f"keep pattern {pattern!r} matches no layer; expected one of {', '.join(known[:12])}.")
+        protected.update(matched)
+    for name in layers:
+        if name in protected or any(name.startswith(f"{kept}.") for kept in protected):
+            protected.add(name)
+            _pin_layer(coupling, name)
+    return frozenset(protected)
 
 
-def _coupled_sets(model: nn.Module, example_input: Tensor) -> list[Any]:
-    """Coupled sets as torch-pruning finds them; it hooks the network and follows gradients."""
-    logger_level = logging.getLogger("torch_pruning").level
-    model.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            graph = tp.DependencyGraph().build_dependency(
-                model, example_inputs=example_input, customized_pruners={PaddedShortcut: _KeptAsIs()}, verbose=False
-            )
-        return list(graph.get_all_groups(root_module_types=list(_DENSE)))
-    except Exception as error:
-        raise ModelError(
-            f"expected a network whose channel coupling can be traced, got {type(model).__name__}: {error}."
-        ) from error
-    finally:
-        logging.getLogger("torch_pruning").setLevel(logger_level)
+def _pin_layer(coupling: Coupling, name: str) -> None:
+    layer = coupling.layers.get(name)
+    if layer is None:
+        return
+    reason = f"{name} is protected by --keep"
+    coupling.space.pin(layer.outputs, reason)
+    if layer.inputs is not None:
+        coupling.space.pin(layer.inputs, reason)
 
 
-def _writes(item: Any) -> bool:
-    return str(item.dep.handler.__name__) == "prune_out_channels"
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Positions of one class of labels in one layer."""
+
+    role: str
+    layer: str
+    axis: int
+    positions: tuple[int, ...]
 
 
-def _convert(
-    raw: Any, names: dict[nn.Module, str], calls: dict[str, int], *, keep: Sequence[str], shared: frozenset[str]
-) -> tuple[ChannelGroup | None, str | None]:
-    """Turn one coupled set into a group, or say why it cannot be pruned."""
-    roles: dict[str, dict[str, list[Any]]] = {"producers": {}, "followers": {}, "consumers": {}}
-    num_channels = len(raw[0].idxs)
-    for item in raw:
-        module = item.dep.target.module
-        name = names.get(module)
-        if isinstance(module, nn.Parameter):
-            return None, "a parameter outside any layer acts on its channels"
-        if name is None:  # an operation without parameters, such as an addition
-            continue
-        role, problem = _role(module, _writes(item))
-        if problem is None and calls.get(name, 0) != 1:
-            problem = "is called more than once"
-        if problem is None and name in shared:
-            problem = "shares its parameters with another layer"
-        if problem is not None:
-            return None, f"{name} ({type(module).__name__}) {problem}"
-        if any(fnmatchcase(name, pattern) for pattern in keep):
-            return None, f"{name} is protected by --keep"
-        roles[role].setdefault(name, []).append(item)
-    if not roles["consumers"]:
-        return None, "its outputs are the network's outputs"
-    try:
-        slices = {role: _slices(items, num_channels, calls) for role, items in roles.items()}
-        _check_extents(slices, {name: module for module, name in names.items()}, num_channels)
-    except ModelError as error:
-        return None, str(error)
-    return ChannelGroup(name=slices["producers"][0].layer, num_channels=num_channels, **slices), None
+class _GroupFinder:
+    """Turns classes of labels into groups: classes with the same layers and the same counts are one group."""
+
+    def __init__(self, model: nn.Module, coupling: Coupling) -> None:
+        self._model, self._coupling = model, coupling
+        self._pinned = coupling.space.pinned()
+        self._roots: dict[str, np.ndarray] = {}
+        self._places = self._collect()
+        self._grouped: set[int] = set()
+        self._found = self._group()
+
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        return self._found
+
+    def unprunable(self) -> tuple[Unprunable, ...]:
+        """Dense layers of which outputs stay, in execution order, then those that never ran."""
+        entries = [
+            Unprunable(layer=name, reason=reason)
+            for name in self._coupling.layers
+            if self._is_producer(name) and (reason := self._why(name)) is not None
+        ]
+        for name, module in self._model.named_modules():
+            if _has_matrix(module) and name not in self._coupling.layers:
+                was_called = name in self._coupling.calls
+                reason = (
+                    f"{type(module).__name__} is a layer type that is not pruned" if was_called else "it is never called"
+                )
+                entries.append(Unprunable(layer=name, reason=reason))
+        return tuple(entries)
+
+    def _is_producer(self, name: str) -> bool:
+        layer = self._coupling.layers[name]
+        return layer.kind == "dense" or (layer.kind == "channelwise" and _has_matrix(self._model.get_submodule(name)))
+
+    def _why(self, name: str) -> str | None:
+        """Why outputs of a layer stay, None if all of them are in groups."""
+        roots = self._roots[name]
+        left = [int(root) for root in roots if int(root) not in self._grouped]
+        if not left:
+            return None
+        reason = next((self._pinned[root] for root in left if root in self._pinned), None)
+        if reason is None:
+            has_reader = any(place.role == "consumers" for root in left for place in self._places.get(root, ()))
+            reason = "its channels are all tied together" if has_reader else _NO_READER
+        return reason if len(left) == len(roots) else f"{len(left)} of its {len(roots)} outputs stay: {reason}"
+
+    def _collect(self) -> dict[int, list[_Place]]:
+        """Where each class occurs, in execution order."""
+        places: dict[int, list[_Place]] = {}
+        for name, layer in self._coupling.layers.items():
+            self._roots[name] = self._coupling.space.find(layer.outputs).numpy()
+            for role, roots in self._axes(name, layer):
+                for root, positions in _split(roots).items():
+                    place = _Place(role, name, layer.axis, tuple(positions.tolist()))
+                    places.setdefault(root, []).append(place)
+        return places
+
+    def _axes(self, name: str, layer: LabelledLayer) -> list[tuple[str, np.ndarray]]:
+        """Roles of a layer with the roots along its axes."""
+        outputs = [("producers" if layer.kind == "dense" else "followers", self._roots[name])]
+        if layer.inputs is None:
+            return outputs
+        runs = layer.kind == "dense" and name in self._coupling.calls
+        return [("consumers" if runs else "readers", self._coupling.space.find(layer.inputs).numpy()), *outputs]
+
+    def _group(self) -> tuple[ChannelGroup, ...]:
+        alike: dict[tuple[tuple[str, str, int, int], ...], list[int]] = {}
+        for root, places in self._places.items():
+            roles = {place.role for place in places}
+            if root != FIXED_ZERO and root not in self._pinned and {"producers", "consumers"} <= roles:
+                signature = tuple((place.role, place.layer, place.axis, len(place.positions)) for place in places)
+                alike.setdefault(signature, []).append(root)
+        found: list[ChannelGroup] = []
+        taken: dict[str, int] = {}
+        order = {name: number for number, name in enumerate(self._coupling.layers)}
+        for roots in sorted(alike.values(), key=lambda roots: self._key(roots, order)):
+            if len(roots) < 2:
+                continue
+            group = self._build(roots, taken)
+            self._grouped.update(roots)
+            found.append(group)
+        return tuple(found)
+
+    def _key(self, roots: Sequence[int], order: Mapping[str, int]) -> tuple[int, int]:
+        first = next(place for place in self._places[roots[0]] if place.role == "producers")
+        return order[first.layer], first.positions[0]
+
+    def _build(self, roots: list[int], taken: dict[str, int]) -> ChannelGroup:
+        parts: dict[str, list[LayerSlice]] = {"producers": [], "followers": [], "consumers": [], "readers": []}
+        first = next(number for number, place in enumerate(self._places[roots[0]]) if place.role == "producers")
+        roots = sorted(roots, key=lambda root: self._places[root][first].positions)
+        for number, place in enumerate(self._places[roots[0]]):
+            index = np.array([self._places[root][number].positions for root in roots], dtype=np.int64)
+            parts[place.role].append(LayerSlice(layer=place.layer, index=index, axis=place.axis))
+        name = parts["producers"][0].layer
+        taken[name] = taken.get(name, 0) + 1
+        return ChannelGroup(
+            name=name if taken[name] == 1 else f"{name}#{taken[name]}",
+            num_channels=len(roots),
+            **{role: tuple(slices) for role, slices in parts.items()},
+        )
 
 
-def _check_extents(slices: dict[str, tuple[LayerSlice, ...]], layers: dict[str, nn.Module], num_channels: int) -> None:
-    """A producer writes exactly the group's channels, and nobody has more channels than the layer."""
-    for role, pieces in slices.items():
-        for piece in pieces:
-            width = (input_width if role == "consumers" else output_width)(layers[piece.layer])
-            if piece.index.max() >= width or (role == "producers" and width != num_channels):
-                raise ModelError(f"{piece.layer} has {width} channels, which other layers see as {num_channels}")
+def _split(roots: np.ndarray) -> dict[int, np.ndarray]:
+    """Positions of each root, sorted."""
+    order = np.argsort(roots, kind="stable")
+    values, starts = np.unique(roots[order], return_index=True)
+    return dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True))
 
 
-def input_width(layer: nn.Module) -> int:
-    """Length of a layer's input axis: channels of a convolution or BatchNorm, features of a linear layer."""
-    return _first_size(layer, ("in_channels", "in_features", "num_features"))
-
-
-def output_width(layer: nn.Module) -> int:
-    """Length of a layer's output axis."""
-    return _first_size(layer, ("out_channels", "out_features", "num_features"))
-
-
-def _first_size(layer: nn.Module, names: Sequence[str]) -> int:
-    sizes: list[Any] = [getattr(layer, name) for name in names if hasattr(layer, name)]
-    return int(sizes[0])
+def _has_matrix(module: nn.Module) -> bool:
+    """Convolutions and linear layers of every kind, and what else holds a weight matrix of its own."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.ndim > 1
 
 
 def shared_layers(model: nn.Module) -> frozenset[str]:
@@ -268,36 +277,3 @@ def shared_layers(model: nn.Module) -> frozenset[str]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append(name)
     return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
-
-
-def _role(module: nn.Module, writes: bool) -> tuple[str, str | None]:
-    if isinstance(module, PaddedShortcut):
-        return "followers", "pads channels on a shortcut, which couples streams of different widths"
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return "producers", "is a grouped convolution"
-    if isinstance(module, _DENSE):
-        return ("producers" if writes else "consumers"), None
-    if isinstance(module, _FOLLOWERS):
-        return "followers", None
-    return "followers", "is a layer type whose channels cannot be sliced"
-
-
-def _slices(items: dict[str, list[Any]], num_channels: int, calls: dict[str, int]) -> tuple[LayerSlice, ...]:
-    position = {name: place for place, name in enumerate(calls)}
-    ordered = sorted(items, key=lambda name: position[name])
-    return tuple(LayerSlice(layer=name, index=_channel_index(items[name], num_channels, name)) for name in ordered)
-
-
-def _channel_index(items: list[Any], num_channels: int, name: str) -> np.ndarray:
-    """(c, b) positions in the layer for each channel of the group."""
-    positions: list[set[int]] = [set() for _ in range(num_channels)]
-    for item in items:
-        for position, root in zip(item.idxs, item.root_idxs, strict=True):
-            positions[int(root)].add(int(position))
-    widths = {len(entry) for entry in positions}
-    if len(widths) != 1:
-        raise ModelError(f"{name} reads its channels in blocks of unequal size")
-    index = np.array([sorted(entry) for entry in positions], dtype=np.int64)
-    if np.unique(index).size != index.size:
-        raise ModelError(f"{name} mixes several channels of the group in one feature")
-    return index

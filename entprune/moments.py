@@ -6,6 +6,7 @@ Axes: n rows (samples times positions), d features, m outputs, c input channels,
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -149,41 +150,51 @@ def feature_count(layer: nn.Module) -> int:
     return int(layer.get_parameter("weight").shape[1])
 
 
+def count_positions(layer: nn.Module, inputs: Tensor) -> int:
+    """Output positions per image: h * w of a convolution, all axes between image and feature of a linear layer."""
+    if isinstance(layer, nn.Conv2d):
+        sizes = zip(_padded_size(layer, inputs), layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        return math.prod((size - dilation * (taps - 1) - 1) // stride + 1 for size, taps, stride, dilation in sizes)
+    return math.prod(inputs.shape[1:-1])
+
+
+def _padded_size(layer: nn.Conv2d, inputs: Tensor) -> tuple[int, int]:
+    left, right, top, bottom = layer._reversed_padding_repeated_twice  # noqa: SLF001 -- resolves every form of padding
+    return inputs.shape[2] + top + bottom, inputs.shape[3] + left + right
+
+
 def draw_positions(
-    layer: nn.Module, output: Tensor, *, per_image: int, seed: int, name: str, batch: int
+    num_images: int, num_positions: int, *, per_image: int, seed: int, name: str, batch: int
 ) -> Tensor | None:
     """Random output positions of one batch, the same for the same seed, layer and batch on every machine.
 
     Args:
-        output: (n, m, h, w) output of a convolution; for a linear layer every row is taken.
+        num_images: n, images in the batch.
+        num_positions: to choose from, see :func:`count_positions`.
         per_image: positions wanted per image.
 
     Returns:
-        (n, p) flat positions into h * w, or None where all rows are used.
+        (n, p) flat positions, or None where all are used.
     """
-    if not isinstance(layer, nn.Conv2d):
-        return None
-    num_images, height, width = output.shape[0], output.shape[2], output.shape[3]
-    total = height * width
-    if per_image >= total:
+    if per_image >= num_positions:
         return None
     sequence = np.random.SeedSequence([seed, zlib.crc32(name.encode()), batch])
-    order = np.random.default_rng(sequence).random((num_images, total)).argpartition(per_image, axis=1)
+    order = np.random.default_rng(sequence).random((num_images, num_positions)).argpartition(per_image, axis=1)
     return torch.from_numpy(np.ascontiguousarray(np.sort(order[:, :per_image], axis=1)))
 
 
 def read_rows(layer: nn.Module, inputs: Tensor, positions: Tensor | None) -> Tensor:
-    """Unfold a layer's input at some output positions.
+    """What a layer reads at some output positions.
 
     Args:
-        inputs: (n, c, h, w) for a convolution, (..., d) for a linear layer.
+        inputs: (n, c, h, w) for a convolution, (n, ..., d) for a linear layer.
         positions: (n, p) flat output positions, or None for all.
 
     Returns:
-        (n * p, c * kh * kw) rows in the order of `layer.weight.flatten(1)`, or (rows, d) for a linear layer.
+        (n * p, c * kh * kw) rows in the order of `layer.weight.flatten(1)`, or (n * p, d) for a linear layer.
     """
     if not isinstance(layer, nn.Conv2d):
-        return inputs.flatten(0, -2)
+        return _pick(inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]), positions)
     padded = _pad(layer, inputs)
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     windows = padded.unfold(2, dh * (kh - 1) + 1, sh).unfold(3, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
@@ -200,12 +211,16 @@ def read_rows(layer: nn.Module, inputs: Tensor, positions: Tensor | None) -> Ten
 def read_outputs(layer: nn.Module, output: Tensor, positions: Tensor | None) -> Tensor:
     """Rows (n * p, m) of a layer's output at the positions that :func:`read_rows` uses."""
     if not isinstance(layer, nn.Conv2d):
-        return output.flatten(0, -2)
-    flat = output.flatten(2).transpose(1, 2)  # (n, h * w, m)
+        return _pick(output.reshape(output.shape[0], -1, output.shape[-1]), positions)
+    return _pick(output.flatten(2).transpose(1, 2), positions)  # (n, h * w, m)
+
+
+def _pick(values: Tensor, positions: Tensor | None) -> Tensor:
+    """Rows (n * p, k) of values (n, positions, k)."""
     if positions is None:
-        return flat.flatten(0, 1)
-    index = positions.to(output.device)[:, :, None].expand(-1, -1, flat.shape[2])
-    return flat.gather(1, index).flatten(0, 1)
+        return values.flatten(0, 1)
+    index = positions.to(values.device)[:, :, None].expand(-1, -1, values.shape[2])
+    return values.gather(1, index).flatten(0, 1)
 
 
 def _pad(layer: nn.Conv2d, inputs: Tensor) -> Tensor:

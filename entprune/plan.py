@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from entprune.errors import ConfigError
-from entprune.groups import ChannelGroup, ChannelGroups, LayerSlice, input_width, output_width
+from entprune.groups import ChannelGroup, ChannelGroups, LayerSlice
+from entprune.layers import LayerSelection, find_part, input_width, part_width
 
 _PLAN_VERSION = 1
 
@@ -91,17 +92,10 @@ class PruningPlan:
 
 
 @dataclass(slots=True)
-class LayerSelection:
-    """Positions of one layer that stay along its input and output axes; None means all."""
-
-    inputs: np.ndarray | None = None
-    outputs: np.ndarray | None = None
-
-
-@dataclass(slots=True)
 class _Removed:
     inputs: list[np.ndarray] = field(default_factory=list)
     outputs: list[np.ndarray] = field(default_factory=list)
+    axis: int = 0
 
 
 def full_plan(groups: ChannelGroups) -> PruningPlan:
@@ -122,22 +116,24 @@ def select_layers(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) ->
     removed: dict[str, _Removed] = {}
     for group in groups.groups:
         gone = np.setdiff1d(np.arange(group.num_channels), plan.kept(group.name))
-        for piece in group.consumers:
+        for piece in (*group.consumers, *group.readers):
             removed.setdefault(piece.layer, _Removed()).inputs.append(piece.index[gone].ravel())
         for piece in (*group.producers, *group.followers):
-            removed.setdefault(piece.layer, _Removed()).outputs.append(piece.index[gone].ravel())
-    return {
-        layer: LayerSelection(
-            inputs=_remaining(input_width(model.get_submodule(layer)), entry.inputs),
-            outputs=_remaining(output_width(model.get_submodule(layer)), entry.outputs),
-        )
-        for layer, entry in removed.items()
-    }
+            entry = removed.setdefault(piece.layer, _Removed(axis=piece.axis))
+            entry.outputs.append(piece.index[gone].ravel())
+    return {layer: _selection(find_part(model, layer), entry) for layer, entry in removed.items()}
 
 
-def _remaining(width: int, removed: list[np.ndarray]) -> np.ndarray | None:
-    if not removed:
-        return None
+def _selection(part: nn.Module | Tensor, entry: _Removed) -> LayerSelection:
+    selection = LayerSelection(axis=entry.axis)
+    if entry.inputs and isinstance(part, nn.Module):
+        selection.inputs = _remaining(input_width(part), entry.inputs)
+    if entry.outputs:
+        selection.outputs = _remaining(part_width(part, entry.axis), entry.outputs)
+    return selection
+
+
+def _remaining(width: int, removed: list[np.ndarray]) -> np.ndarray:
     return np.setdiff1d(np.arange(width), np.concatenate(removed))
 
 

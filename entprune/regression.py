@@ -69,7 +69,8 @@ def build_problem(
     Args:
         name: group name.
         num_channels: c.
-        consumers: per layer the covariance (d, d), the dense weight (m, d), and the features of each channel (c, b).
+        consumers: per layer the covariance (d, d), the dense weight (m, d), and the features of each channel (c, b);
+            features of other groups stay as they are, and the output variance is that of the whole layer.
 
     Returns:
         The problem in scaled float32 units.
@@ -94,10 +95,16 @@ def _scaled_consumer(layer: str, covariance: np.ndarray, weight: np.ndarray, fea
     scale = scale.maximum(floor).clamp_min(1e-12).repeat_interleave(block)  # (d,)
     gram = gram / torch.outer(scale, scale)
     matrix = matrix * scale
-    variance = float(torch.einsum("md,de,me->", matrix.double(), gram.double(), matrix.double()))
+    variance = _output_variance(weight, covariance)
     if variance > 0:
         matrix = matrix / variance**0.5
     return ConsumerProblem(layer=layer, gram=gram.float().numpy(), weight=matrix.float().numpy(), block=block)
+
+
+def _output_variance(weight: np.ndarray, covariance: np.ndarray) -> float:
+    """tr(W G W^T), of all that the layer reads."""
+    matrix, gram = torch.from_numpy(np.ascontiguousarray(weight)), torch.from_numpy(np.ascontiguousarray(covariance))
+    return float(((matrix.to(gram.dtype) @ gram) * matrix).sum())
 
 
 def cholesky_with_ridge(matrix: Tensor, *, relative_ridge: float = _RELATIVE_RIDGE) -> Tensor:

@@ -31,12 +31,13 @@ from entprune.certificate import confirm_groups
 from entprune.config import PruneConfig
 from entprune.errors import DataError, ModelError
 from entprune.evaluation import ImageSplit, predict_classes, predict_logits
-from entprune.groups import ChannelGroup, ChannelGroups, find_groups, trace
+from entprune.groups import ChannelGroup, ChannelGroups, find_groups
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
 from entprune.plan import PruningPlan, consumer_features
 from entprune.regression import GroupProblem, build_problem
 from entprune.runner import Runner, Work
 from entprune.selection import DenseReference, StopRule
+from entprune.tracing import trace
 
 _EVALUATION_BATCH = 64
 
@@ -64,7 +65,8 @@ class Network:
     def consumers(self) -> tuple[str, ...]:
         """Layers that read a prunable group, in execution order."""
         read = {piece.layer for group in self.groups.groups for piece in group.consumers}
-        return tuple(layer for layer in self.refit_layers if layer in read)
+        rest = sorted(read.difference(self.refit_layers))  # called several times, or sharing parameters
+        return (*(layer for layer in self.refit_layers if layer in read), *rest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -96,7 +98,7 @@ def analyse(model: nn.Module, input_shape: tuple[int, int, int], config: PruneCo
         model=dense,
         graph=copy.deepcopy(trace(dense).graph),  # a copy does not hold on to the network
         groups=groups,
-        refit_layers=dense_layers(dense),
+        refit_layers=dense_layers(dense, groups.protected),
         cost=build_cost_model(dense, groups, input_shape),
         input_shape=input_shape,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,16 +16,17 @@ from torch import nn
 from entprune.config import PruneConfig
 from entprune.datasets import ImageData
 from entprune.finetune import FinetuneConfig
-from entprune.groups import ChannelGroup, trace
+from entprune.groups import ChannelGroup
 from entprune.path import PathSetting
 from entprune.plan import PruningPlan
+from entprune.tracing import trace
 
 # Raised whenever a stage would give other results on the same inputs: entries of older code are then not found.
 STAGE_VERSIONS = {
     "answers": 1,
     "moments": 1,
-    "paths": 1,
-    "candidates": 1,
+    "paths": 2,
+    "candidates": 2,
     "logits": 1,
     "finetuned": 1,
 }
@@ -113,7 +115,19 @@ def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
 def hash_network(model: nn.Module) -> str:
     """SHA-256 of a network: its weights, its layers' settings and what its forward pass does."""
     state = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
-    return _hash_plain([trace(model).code, str(model), hash_arrays(state)])
+    return _hash_plain([trace(model).code, str(model), _foreign_code(model), hash_arrays(state)])
+
+
+def _foreign_code(model: nn.Module) -> dict[str, str]:
+    """Source of the module classes that are not torch's: the traced graph does not look into those without children."""
+    classes = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    found: dict[str, str] = {}
+    for kind in classes:
+        try:
+            found[f"{kind.__module__}.{kind.__qualname__}"] = inspect.getsource(kind)
+        except (OSError, TypeError):  # made in a shell, say
+            found[f"{kind.__module__}.{kind.__qualname__}"] = ""
+    return found
 
 
 def hash_group(group: ChannelGroup) -> str:

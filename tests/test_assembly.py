@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from entprune.assembly import RefitConfig, RefitData, assemble, dense_layers, slice_layer, slice_network
+from entprune.assembly import RefitConfig, RefitData, assemble, dense_layers, slice_network
 from entprune.calibration import SamplingPlan, collect_statistics
 from entprune.errors import ModelError
-from entprune.groups import ChannelGroups, find_groups, trace
-from entprune.plan import GroupPlan, LayerSelection, PruningPlan, full_plan
+from entprune.groups import ChannelGroups, find_groups
+from entprune.layers import LayerSelection, narrow_layer
+from entprune.plan import GroupPlan, PruningPlan, full_plan
+from entprune.tracing import trace
 from tests.micro_networks import IMAGE_SHAPE, Bottleneck, Chain, Concat, Depthwise, Residual, random_split, warm_up
 
 NUM_IMAGES = 96
@@ -383,7 +385,7 @@ def test_layer_that_cannot_be_sliced_is_explained() -> None:
     with pytest.raises(
         ModelError, match="layer 'norm': expected a convolution, linear layer or BatchNorm, got GroupNorm"
     ):
-        slice_layer(nn.GroupNorm(2, 4), selection, "norm")
+        narrow_layer(nn.GroupNorm(2, 4), selection, "norm")
 
 
 def test_refit_layers_are_dense_layers_called_once_with_their_own_parameters() -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,8 +95,11 @@ def assert_one_sentence(error: str, *fragments: str) -> None:
 
 
 def install_flow(monkeypatch: pytest.MonkeyPatch, behaviour: Callable[[Any], Any]) -> None:
-    """Replace the flow and the tracking server: engines take long to start."""
+    """Replace the flow, its workers and the tracking server: engines take long to start."""
     monkeypatch.setattr("tasks.tracking.check", lambda: None)
+    monkeypatch.setattr("flows.workers.start_workers", lambda _: nullcontext())
+    for name in ("PREFECT_LOGGING_LEVEL", "MLFLOW_LOGGING_LEVEL"):  # --verbose sets them for its whole process
+        monkeypatch.setenv(name, "ERROR")
     monkeypatch.setattr("flows.server.start_server", lambda: None)
     module = ModuleType("flows.prune_model")
     module.prune_model = behaviour  # type: ignore[attr-defined]

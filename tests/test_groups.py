@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from entprune.certificate import confirm_groups
 from entprune.errors import ModelError
-from entprune.groups import ChannelGroup, ChannelGroups, find_groups, input_width, output_width
+from entprune.groups import ChannelGroup, ChannelGroups, find_groups
+from entprune.layers import input_width, output_width
 from entprune.models import build_model
 from tests.micro_networks import IMAGE_SHAPE, Bottleneck, Chain, Concat, Depthwise, Residual, random_split, warm_up
 

@@ -344,6 +344,7 @@ assert logging.getLogger().handlers == [], logging.getLogger().handlers
 @pytest.mark.timeout(400)  # a new process imports torch and MLflow: long on a busy machine
 def test_first_use_in_a_fresh_folder_prints_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("MLFLOW_LOGGING_LEVEL", None)  # a new process, in which nothing was asked for
     completed = subprocess.run(
         [sys.executable, "-c", WHOLE_ROUND], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

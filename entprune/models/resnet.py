@@ -6,6 +6,7 @@ Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 201
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -18,19 +19,52 @@ class PaddedShortcut(nn.Module):
     """Parameter-free shortcut (option A): keep every ``stride``-th pixel, then zero-pad the channels on both sides.
 
     Input channel ``i`` becomes output channel ``i + (out_channels - in_channels) // 2``; the other channels are zero.
+    Once channels were removed on either side, ``source`` says for each output channel which input channel it takes, -1
+    for zeros.
     """
+
+    index: Tensor | None
 
     def __init__(self, stride: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.stride = stride
         self.in_channels = in_channels
         self.out_channels = out_channels
+        self.source: tuple[int, ...] | None = None
+        self.register_buffer("index", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, in_channels, h, w) to (n, out_channels, ceil(h / stride), ceil(w / stride))."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        if self.index is not None:
+            return F.pad(x, (0, 0, 0, 0, 0, 1)).index_select(1, self.index)  # the last channel is zero
         before = (self.out_channels - self.in_channels) // 2
         after = self.out_channels - self.in_channels - before
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, after))
+        return F.pad(x, (0, 0, 0, 0, before, after))
+
+    def sources(self) -> tuple[int, ...]:
+        """Input channel of each output channel, -1 for zeros."""
+        if self.source is not None:
+            return self.source
+        before = (self.out_channels - self.in_channels) // 2
+        return tuple(o - before if 0 <= o - before < self.in_channels else -1 for o in range(self.out_channels))
+
+    def narrow(self, inputs: np.ndarray | None, outputs: np.ndarray | None) -> None:
+        """Keep only some input and output channels (sorted positions; None keeps all)."""
+        kept_inputs = list(range(self.in_channels)) if inputs is None else [int(channel) for channel in inputs]
+        kept_outputs = list(range(self.out_channels)) if outputs is None else [int(channel) for channel in outputs]
+        place = {channel: position for position, channel in enumerate(kept_inputs)} | {-1: -1}
+        sources = self.sources()
+        self.source = tuple(place.get(sources[channel], -1) for channel in kept_outputs)
+        self.in_channels, self.out_channels = len(kept_inputs), len(kept_outputs)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Derive the index from `source`; needed after that was set."""
+        if self.source is None:
+            self.index = None
+        else:
+            self.index = torch.tensor([self.in_channels if place < 0 else place for place in self.source])
 
     def extra_repr(self) -> str:
         """Show the attributes when the network is printed."""
