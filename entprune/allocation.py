@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from entprune.errors import ConfigError
-from entprune.groups import ChannelGroups, shared_layers
+from entprune.groups import ChannelGroups
 from entprune.layers import find_part, output_width, part_width
 
 Objective = Literal["parameters", "macs"]

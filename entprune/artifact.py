@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from entprune.checkpoints import save_state, sha256_file
+from entprune.checkpoints import load_plain_state, save_state, sha256_file
 from entprune.errors import ArtifactError, CheckpointError, ConfigError, EntpruneError
 from entprune.layers import layer_sizes, resize
 from entprune.models import MODEL_NAMES, build_model
@@ -144,7 +144,7 @@ def load_model(directory: Path, *, model: nn.Module | None = None) -> nn.Module:
     _narrow(directory, network, description["layers"])
     state = _read_weights(directory, description["weights"].get("sha256"))
     try:
-        network.load_state_dict(state, strict=True)
+        load_plain_state(network, state)
     except RuntimeError as cause:
         raise _misfit(directory, " ".join(str(cause).split())[:300]) from cause
     return network.eval()

@@ -25,6 +25,7 @@ from entprune.groups import ChannelGroups, shared_layers
 from entprune.layers import LayerSelection, input_width, is_dense, narrow_layers
 from entprune.moments import GramSum, ProductSum, count_positions, draw_positions, feature_count, read_rows
 from entprune.plan import PruningPlan, select_layers
+from entprune.ridge import row_kernel
 from entprune.tracing import called_modules, trace
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -190,7 +191,7 @@ class _RefitWalk:
         outputs = self._statistics[name].outputs
         kept = slice(None) if entry.outputs is None else entry.outputs
         intercept = layer.bias is not None or self._feeds_batchnorm(name)
-        fit = _RowFit(feature_count(layer), layer.weight.shape[0], intercept, self._device)
+        fit = _make_fit(len(outputs), feature_count(layer), layer.weight.shape[0], intercept, self._device)
         row = 0
         for batch, value in enumerate(inputs):
             positions = self._positions(name, layer, value, batch)
@@ -233,6 +234,15 @@ def _attribute(root: nn.Module, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def _make_fit(
+    num_rows: int, num_features: int, num_outputs: int, intercept: bool, device: str
+) -> _RowFit | _DualRowFit:
+    """The smaller form: the rows themselves where they are fewer than the features, else the normal equations."""
+    if num_rows < num_features:
+        return _DualRowFit(intercept)
+    return _RowFit(num_features, num_outputs, intercept, device)
 
 
 class _RowFit:
@@ -279,6 +289,48 @@ class _RowFit:
         weight = prior.double() + torch.cholesky_solve(residual.T, factor).T
         bias = mean_y + self._shift[1].double() - weight @ (mean_x + self._shift[0].double())
         return weight.float(), bias.float()
+
+
+class _DualRowFit:
+    """Keeps rows and answers, and solves the same regression as :class:`_RowFit` by a (t, t) system.
+
+    Memory is O(t d + t m + t^2 + m d): no (d, d) matrix.
+    """
+
+    def __init__(self, intercept: bool) -> None:
+        self._intercept = intercept
+        self._rows: list[Tensor] = []
+        self._answers: list[Tensor] = []
+
+    def update(self, rows: Tensor, answers: Tensor) -> None:
+        """Add rows (t, d) with answers (t, m); they are read when the fit is solved."""
+        self._rows.append(rows)
+        self._answers.append(answers)
+
+    def solve(self, prior: Tensor, relative_ridge: float) -> tuple[Tensor, Tensor]:
+        """Ridge regression that shrinks towards `prior`: the dual of :meth:`_RowFit.solve`, with the same ridge.
+
+            W = P + (Y - X P^T)^T (X X^T + t ridge I)^-1 X,   ridge = relative_ridge * trace(X X^T) / (t d)
+
+        X (t, d) and Y (t, m) centred where there is an intercept. Arguments and result are those of the primal form.
+        """
+        x, mean_x = self._centred(self._rows)
+        y, mean_y = self._centred(self._answers)
+        kernel = row_kernel(x)
+        ridge = relative_ridge * (kernel.trace() / x.numel()).clamp_min(1e-12)
+        kernel.diagonal().add_(len(x) * ridge)
+        residual = y.addmm_(x, prior.T, alpha=-1.0)
+        coefficients = torch.cholesky_solve(residual.double(), torch.linalg.cholesky(kernel))  # (t, m)
+        weight = torch.addmm(prior, coefficients.T.float(), x)
+        passed = torch.cat([part.double() @ mean_x.double() for part in weight.split(256)])  # W mean, without a copy
+        return weight, (mean_y.double() - passed).float()
+
+    def _centred(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(t, k) float32 values less their (k,) mean, and the mean; zero without an intercept."""
+        values = torch.cat(parts).float()
+        parts.clear()
+        mean = values.mean(0, dtype=torch.float64).float() if self._intercept else torch.zeros_like(values[0])
+        return values.sub_(mean), mean
 
 
 def _reestimate_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: list[Tensor]) -> None:

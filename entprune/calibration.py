@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from entprune.errors import DataError
 from entprune.evaluation import ImageSplit
 from entprune.moments import (
+    InputMoments,
     MomentAccumulator,
-    Moments,
+    RowAccumulator,
     count_positions,
     draw_positions,
     feature_count,
+    make_accumulator,
     merge,
     read_outputs,
     read_rows,
@@ -51,17 +53,22 @@ class SamplingPlan:
         wanted = max(self.min_rows, self.rows_per_feature * feature_count(layer))
         return max(1, math.ceil(wanted / self.num_images))
 
+    def num_rows(self, layer: nn.Module, num_positions: int) -> int:
+        """Rows of one layer in all shards together, for that many output positions per image."""
+        return self.num_images * min(self.per_image(layer), num_positions)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LayerStatistics:
     """What the calibration data say about one layer.
 
     Attributes:
-        moments: of its sampled input rows, None where only the answers are needed.
+        moments: of its sampled input rows, or these rows where they are fewer than the features; None where only the
+            answers are needed.
         outputs: (t, m) float32 dense answers at the same rows, in image order.
     """
 
-    moments: Moments | None
+    moments: InputMoments | None
     outputs: np.ndarray
 
 
@@ -158,9 +165,8 @@ class _Collector:
         self.batch = 0
         self._sampling = sampling
         self._layers = {name: model.get_submodule(name) for name in (*consumers, *others)}
-        self._accumulators = {
-            name: MomentAccumulator(feature_count(self._layers[name]), device=device) for name in consumers
-        }
+        self._consumers, self._device = frozenset(consumers), device
+        self._accumulators: dict[str, MomentAccumulator | RowAccumulator] = {}  # made when the positions are known
         self._outputs: dict[str, list[Tensor]] = {name: [] for name in self._layers}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -177,15 +183,24 @@ class _Collector:
         per_image = self._sampling.per_image(self._layers[name])
 
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            num_positions = count_positions(layer, inputs[0])
             positions = draw_positions(
-                len(output), count_positions(layer, inputs[0]),
+                len(output), num_positions,
                 per_image=per_image, seed=self._sampling.seed, name=name, batch=self.batch,
             )  # fmt: skip
             self._outputs[name].append(read_outputs(layer, output, positions).cpu().clone())
-            if name in self._accumulators:
-                self._accumulators[name].update(read_rows(layer, inputs[0], positions))
+            if name in self._consumers:
+                self._accumulator(name, num_positions).update(read_rows(layer, inputs[0], positions))
 
         return hook
+
+    def _accumulator(self, name: str, num_positions: int) -> MomentAccumulator | RowAccumulator:
+        """Its form depends on the layer, the images' size and the sampling plan alone: every shard has the same."""
+        if name not in self._accumulators:
+            layer = self._layers[name]
+            num_rows = self._sampling.num_rows(layer, num_positions)
+            self._accumulators[name] = make_accumulator(feature_count(layer), num_rows, device=self._device)
+        return self._accumulators[name]
 
     def result(self) -> dict[str, LayerStatistics]:
         return {

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from entprune.assembly import slice_network
 from entprune.groups import ChannelGroup, ChannelGroups, Unprunable
 from entprune.layers import LayerSelection, input_width, is_dense, output_width
 from entprune.models.resnet import PaddedShortcut
 from entprune.plan import GroupPlan, PruningPlan, select_layers
-
 
 _TRIAL_TOLERANCE = 1e-9  # of the same computation in float64
 
@@ -105,7 +105,8 @@ def _answers(model: nn.Module, batch: Tensor, selection: Mapping[str, LayerSelec
     finally:
         for handle in handles:
             handle.remove()
-    return {**found, "": answer}
+    leaves = [value for value in tree_leaves(answer) if isinstance(value, Tensor)]
+    return {**found, **{f"output {number}": value for number, value in enumerate(leaves)}}
 
 
 def _relative_difference(expected: Tensor, actual: Tensor) -> float:
@@ -120,8 +121,8 @@ def confirm_groups(model: nn.Module, groups: ChannelGroups, input_shape: tuple[i
     """Refuse the groups that cannot be certified, before any work is spent on them.
 
     A trial cuts a random half of the channels out of all groups, and only if that fails out of halves of them, down to
-    the one that is to blame. It finds what the analysis of the coupling did not understand: channels that are mixed without a layer, or
-    that reach the network's output.
+    the one that is to blame. It finds what the analysis of the coupling did not understand: code that counts on its
+    channels, say.
 
     Args:
         model: network in eval mode; it is not changed.
@@ -183,9 +184,7 @@ def masked_network(dense: nn.Module, smaller: nn.Module, groups: ChannelGroups, 
     return masked
 
 
-def _write_back(
-    name: str, layer: nn.Module, small_layer: nn.Module, selection: Mapping[str, LayerSelection]
-) -> None:
+def _write_back(name: str, layer: nn.Module, small_layer: nn.Module, selection: Mapping[str, LayerSelection]) -> None:
     """Scatter the smaller layer's own parameters and buffers into the full-size layer."""
     if isinstance(layer, PaddedShortcut):
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,21 @@ def load_checkpoint(model: nn.Module, path: Path) -> nn.Module:
             "check the model name, the number of classes and the image size."
         )
     try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as cause:  # a network with loading rules of its own
+        load_plain_state(model, state)
+    except (RuntimeError, ValueError) as cause:  # a network with loading rules of its own
         raise CheckpointError(f"checkpoint '{path}' does not fit {type(model).__name__}: {cause}") from cause
     return model.eval()
+
+
+def load_plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load values by name, strictly; names and values alone carry no layer versions, so they count as the network's.
+
+    Raises:
+        RuntimeError: names or shapes do not fit.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]  # noqa: SLF001 -- where torch keeps them
+    model.load_state_dict(versioned, strict=True)
 
 
 def save_state(model: nn.Module, path: Path) -> None:

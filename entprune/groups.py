@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from entprune.coupling import Coupling, LabelledLayer, couple
+from entprune.coupling import Coupling, couple
 from entprune.errors import ModelError
+from entprune.label_rules import LabelledLayer
 from entprune.labels import FIXED_ZERO
 from entprune.tracing import trace
 
@@ -177,10 +178,8 @@ class _GroupFinder:
         ]
         for name, module in self._model.named_modules():
             if _has_matrix(module) and name not in self._coupling.layers:
-                was_called = name in self._coupling.calls
-                reason = (
-                    f"{type(module).__name__} is a layer type that is not pruned" if was_called else "it is never called"
-                )
+                unknown = f"{type(module).__name__} is a layer type that is not pruned"
+                reason = unknown if name in self._coupling.calls else "it is never called"
                 entries.append(Unprunable(layer=name, reason=reason))
         return tuple(entries)
 

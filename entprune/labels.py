@@ -45,8 +45,8 @@ class LabelSpace:
 
     def unite(self, first: Tensor, second: Tensor) -> None:
         """Make one class of each pair of labels (broadcast); a fixed zero joins nothing, but pins its partner."""
-        first, second = torch.broadcast_tensors(first, second)
-        pairs = torch.stack([first.flatten(), second.flatten()], 1).unique(dim=0).tolist()
+        first, second = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]
+        pairs = np.unique(np.stack([first.flatten().numpy(), second.flatten().numpy()], 1), axis=0).tolist()
         for one, other in pairs:
             if one > FIXED_ZERO and other > FIXED_ZERO:
                 self._join(one, other)
@@ -69,7 +69,7 @@ class LabelSpace:
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """The channels of these labels must stay; the first reason given counts."""
-        for label in labels.unique().tolist():
+        for label in np.unique(labels.numpy()).tolist():
             if label > FIXED_ZERO:
                 self._reasons.setdefault(label, reason)
 

@@ -88,7 +88,7 @@ def narrow_layers(model: nn.Module, selections: Mapping[str, LayerSelection]) ->
     Raises:
         ModelError: a layer that is touched cannot be sliced.
     """
-    before = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    before = dict(model.named_parameters(remove_duplicate=False))
     for name, selection in selections.items():
         part = find_part(model, name)
         if isinstance(part, Tensor):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from entprune.artifact import ModelCard
 from entprune.assembly import RefitConfig, RefitData, slice_network
 from entprune.certificate import Certificate, certify
+from entprune.checkpoints import load_plain_state
 from entprune.config import Budget, PruneConfig
 from entprune.datasets.splits import ArraySplit
 from entprune.errors import DataError
@@ -254,7 +255,7 @@ def candidate_job(
 def build_smaller(network: Network, found: SearchResult) -> nn.Module:
     """The chosen network with its weights."""
     smaller = slice_network(network.model, network.groups, found.chosen.plan)
-    smaller.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in found.state.items()})
+    load_plain_state(smaller, {name: torch.from_numpy(np.array(value)) for name, value in found.state.items()})
     return smaller.eval()
 
 

@@ -6,7 +6,8 @@ Objective, with every consumer j scaled so that its output variance is one and i
 
     J(w, Lambda) = sum_j tr[(W_j - Lambda_j D) G_j (W_j - Lambda_j D)^T] + eps_l2 sum_j ||Lambda_j||_F^2 + eps_w H(w)
 
-Axes: d features, m outputs, c channels, b features per channel (d = c * b, channel-major after :func:`build_problem`).
+Axes: t rows, d features, m outputs, c channels, b features per channel (d = c * b, channel-major after
+:func:`build_problem`).
 
 Source: method notes, section 2.
 """
@@ -20,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entprune.errors import ConfigError
+from entprune.heldout import held_out_errors
+from entprune.moments import RowMoments
+from entprune.ridge import GramRidge, Ridge, RowRidge, cholesky_with_ridge, compressed_answers
 from entprune.simplex import closed_form_probability, entropy, probability_step
 
 _SCALE_FLOOR = 1e-2
-_RELATIVE_RIDGE = 1e-6
-_MAX_RIDGE_ATTEMPTS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -44,6 +45,31 @@ class ConsumerProblem:
     weight: np.ndarray
     block: int
 
+    def step_cost(self) -> float:
+        """Floating-point operations of one Lambda step."""
+        outputs, features = self.weight.shape
+        return float(features**3 / 3 + 2 * features**2 * outputs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RowProblem:
+    """The same of a consumer with fewer rows than features, whose Gram matrix is never formed: gram = factor^T factor.
+
+    Attributes:
+        layer, weight, block: as in :class:`ConsumerProblem`.
+        factor: (t, d) float32 centred, scaled rows over sqrt(t), t < d.
+    """
+
+    layer: str
+    factor: np.ndarray
+    weight: np.ndarray
+    block: int
+
+    def step_cost(self) -> float:
+        """Floating-point operations of one Lambda step."""
+        rows, features = self.factor.shape
+        return float(4 * rows**2 * features + rows**3 / 3 + 4 * rows**2 * min(rows, len(self.weight)))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GroupProblem:
@@ -51,26 +77,26 @@ class GroupProblem:
 
     name: str
     num_channels: int
-    consumers: tuple[ConsumerProblem, ...]
+    consumers: tuple[ConsumerProblem | RowProblem, ...]
 
     def solve_cost(self) -> float:
         """Floating-point operations of one Lambda step at full width: the unit by which work is ordered."""
-        sizes = ((consumer.gram.shape[0], consumer.weight.shape[0]) for consumer in self.consumers)
-        return float(sum(features**3 / 3 + 2 * features**2 * outputs for features, outputs in sizes))
+        return float(sum(consumer.step_cost() for consumer in self.consumers))
 
 
 def build_problem(
     name: str,
     num_channels: int,
-    consumers: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    consumers: Mapping[str, tuple[np.ndarray | RowMoments, np.ndarray, np.ndarray]],
 ) -> GroupProblem:
     """Scale and reorder the regressions of one group.
 
     Args:
         name: group name.
         num_channels: c.
-        consumers: per layer the covariance (d, d), the dense weight (m, d), and the features of each channel (c, b);
-            features of other groups stay as they are, and the output variance is that of the whole layer.
+        consumers: per layer the covariance (d, d) or the rows (t, d), the dense weight (m, d), and the features of each
+            channel (c, b); features of other groups stay as they are, and the output variance is that of the whole
+            layer.
 
     Returns:
         The problem in scaled float32 units.
@@ -79,8 +105,10 @@ def build_problem(
         name=name,
         num_channels=num_channels,
         consumers=tuple(
-            _scaled_consumer(layer, covariance, weight, features)
-            for layer, (covariance, weight, features) in consumers.items()
+            _scaled_rows(layer, inputs, weight, features)
+            if isinstance(inputs, RowMoments)
+            else _scaled_consumer(layer, inputs, weight, features)
+            for layer, (inputs, weight, features) in consumers.items()
         ),
     )
 
@@ -90,9 +118,7 @@ def _scaled_consumer(layer: str, covariance: np.ndarray, weight: np.ndarray, fea
     gram = torch.from_numpy(np.ascontiguousarray(covariance[np.ix_(order, order)]))
     matrix = torch.from_numpy(np.ascontiguousarray(weight[:, order])).to(gram.dtype)
     block = features.shape[1]
-    scale = gram.diagonal().clamp_min(0).reshape(-1, block).mean(1).sqrt()  # (c,)
-    floor = _SCALE_FLOOR * scale.square().mean().sqrt()
-    scale = scale.maximum(floor).clamp_min(1e-12).repeat_interleave(block)  # (d,)
+    scale = _feature_scale(gram.diagonal(), block)
     gram = gram / torch.outer(scale, scale)
     matrix = matrix * scale
     variance = _output_variance(weight, covariance)
@@ -101,51 +127,55 @@ def _scaled_consumer(layer: str, covariance: np.ndarray, weight: np.ndarray, fea
     return ConsumerProblem(layer=layer, gram=gram.float().numpy(), weight=matrix.float().numpy(), block=block)
 
 
+def _scaled_rows(
+    layer: str, moments: RowMoments, weight: np.ndarray, features: np.ndarray
+) -> ConsumerProblem | RowProblem:
+    """The same from rows (t, d); a Gram matrix if the group's own features are no more than the rows."""
+    order, block = features.ravel(), features.shape[1]
+    whole = moments.factor()
+    factor, matrix = whole[:, order], weight[:, order]  # indexing copies
+    scale = _feature_scale(torch.from_numpy(np.einsum("td,td->d", factor, factor, dtype=np.float64)), block).numpy()
+    variance = _row_output_variance(weight, whole)
+    factor /= scale.astype(np.float32)
+    matrix *= (scale / variance**0.5 if variance > 0 else scale).astype(np.float32)
+    if len(order) > moments.count:
+        return RowProblem(layer=layer, factor=factor, weight=matrix, block=block)
+    exact = factor.astype(np.float64)
+    return ConsumerProblem(layer=layer, gram=(exact.T @ exact).astype(np.float32), weight=matrix, block=block)
+
+
+def _feature_scale(variance: Tensor, block: int) -> Tensor:
+    """(d,) scale of each feature's channel from the variances (d,), floored: silent channels stay quiet."""
+    scale = variance.clamp_min(0).reshape(-1, block).mean(1).sqrt()  # (c,)
+    floor = _SCALE_FLOOR * scale.square().mean().sqrt()
+    return scale.maximum(floor).clamp_min(1e-12).repeat_interleave(block)
+
+
 def _output_variance(weight: np.ndarray, covariance: np.ndarray) -> float:
     """tr(W G W^T), of all that the layer reads."""
     matrix, gram = torch.from_numpy(np.ascontiguousarray(weight)), torch.from_numpy(np.ascontiguousarray(covariance))
     return float(((matrix.to(gram.dtype) @ gram) * matrix).sum())
 
 
-def cholesky_with_ridge(matrix: Tensor, *, relative_ridge: float = _RELATIVE_RIDGE) -> Tensor:
-    """Lower Cholesky factor of a symmetric positive semi-definite matrix plus a ridge relative to its mean diagonal.
-
-    The ridge grows tenfold until the factorisation succeeds: rank-deficient Gram matrices are the rule in late layers.
-
-    Raises:
-        ConfigError: the matrix holds NaN or infinity, so that no ridge helps.
-    """
-    ridge = relative_ridge * float(matrix.diagonal().mean().clamp_min(1e-30))
-    for _ in range(_MAX_RIDGE_ATTEMPTS):
-        shifted = matrix.clone()
-        shifted.diagonal().add_(ridge)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if int(info) == 0:
-            return torch.as_tensor(factor)
-        ridge *= 10.0
-    raise ConfigError(
-        "expected a finite positive semi-definite Gram matrix, got one without a Cholesky factor; "
-        "check the data for NaN."
-    )
+def _row_output_variance(weight: np.ndarray, factor: np.ndarray) -> float:
+    """The same from the factor (t, d) of G: ||F W^T||^2."""
+    return float((torch.from_numpy(factor) @ torch.from_numpy(weight).T).double().square().sum())
 
 
 @dataclass(slots=True, eq=False)
 class EntropicState:
-    """Alive channels, their probabilities and the shrunken matrices: the state of one continuation.
+    """Alive channels, their probabilities and the shrunken regressions: the state of one continuation.
 
     Attributes:
         alive: (a,) channel numbers still in the problem.
         probability: (a,) float64 point of the simplex.
-        grams, targets, weights: per consumer (a*b, a*b) gram, (a*b, m) gram times dense weight, (m, a*b) dense weight.
-        blocks: features per channel of each consumer.
+        ridges: one regression per consumer, on the features of the alive channels.
         total: number of consumers with any variance to explain.
     """
 
     alive: Tensor
     probability: Tensor
-    grams: list[Tensor]
-    targets: list[Tensor]
-    blocks: list[int]
+    ridges: list[Ridge]
     total: float
 
 
@@ -154,23 +184,39 @@ def initial_state(problem: GroupProblem, *, device: str = "cpu") -> EntropicStat
 
     The w step at Q = W, the limit of a vanishing L2 weight.
     """
-    grams = [torch.from_numpy(consumer.gram).to(device) for consumer in problem.consumers]
-    weights = [torch.from_numpy(consumer.weight).to(device) for consumer in problem.consumers]
-    targets = [gram @ weight.T for gram, weight in zip(grams, weights, strict=True)]
-    total = sum(float((target * weight.T).double().sum()) for target, weight in zip(targets, weights, strict=True))
-    norm_squared = sum(
-        (weight.double().square().sum(0).reshape(-1, consumer.block).sum(1).cpu()
-         for weight, consumer in zip(weights, problem.consumers, strict=True)),
-        torch.zeros(problem.num_channels, dtype=torch.float64),
-    )  # fmt: skip
+    ridges: list[Ridge] = []
+    total, norm_squared = 0.0, torch.zeros(problem.num_channels, dtype=torch.float64)
+    for consumer in problem.consumers:
+        ridge, variance = _full_ridge(consumer, device)
+        ridges.append(ridge)
+        total += variance
+        norm_squared += _dense_norms(consumer, device).reshape(-1, consumer.block).sum(1).cpu()
     return EntropicState(
         alive=torch.arange(problem.num_channels),
         probability=closed_form_probability(norm_squared),
-        grams=grams,
-        targets=targets,
-        blocks=[consumer.block for consumer in problem.consumers],
+        ridges=ridges,
         total=total,
     )
+
+
+def _full_ridge(consumer: ConsumerProblem | RowProblem, device: str) -> tuple[Ridge, float]:
+    """The regression on all channels, and the variance that its dense weight makes of them."""
+    weight = torch.from_numpy(consumer.weight).to(device)
+    if isinstance(consumer, RowProblem):
+        factor = torch.from_numpy(consumer.factor).to(device)
+        answers = compressed_answers(factor, weight)
+        return RowRidge(factor=factor, answers=answers, block=consumer.block), float(answers.square().sum())
+    gram = torch.from_numpy(consumer.gram).to(device)
+    target = gram @ weight.T
+    ridge = GramRidge(gram=gram, target=target, block=consumer.block)
+    return ridge, float((target * weight.T).double().sum())
+
+
+def _dense_norms(consumer: ConsumerProblem | RowProblem, device: str) -> Tensor:
+    """(d,) float64 squared norms of the columns of the dense weight."""
+    if isinstance(consumer, ConsumerProblem):
+        return torch.from_numpy(consumer.weight).to(device).double().square().sum(0)
+    return torch.from_numpy(np.einsum("md,md->d", consumer.weight, consumer.weight, dtype=np.float64))  # no (m, d) copy
 
 
 def weight_step(state: EntropicState, l2_weight: float) -> tuple[Tensor, float]:
@@ -181,23 +227,11 @@ def weight_step(state: EntropicState, l2_weight: float) -> tuple[Tensor, float]:
     """
     norm_squared = torch.zeros_like(state.probability)
     explained = 0.0
-    for gram, target, block in zip(state.grams, state.targets, state.blocks, strict=True):
-        scale = state.probability.to(gram).repeat_interleave(block)  # (d,)
-        system = gram * torch.outer(scale, scale)
-        ridge = l2_weight + _RELATIVE_RIDGE * float(system.diagonal().mean())
-        system.diagonal().add_(ridge)
-        factor = _factor(system)
-        right = target * scale[:, None]  # (d, m)
-        solution = torch.cholesky_solve(right, factor)  # Lambda^T
-        explained += float((solution * right).double().sum())
-        blocks = (solution * scale[:, None]).square().sum(1).reshape(-1, block).sum(1)  # (a,)
-        norm_squared += blocks.double().cpu()
+    for ridge in state.ridges:
+        norms, share = ridge.step(state.probability, l2_weight)
+        norm_squared += norms
+        explained += share
     return norm_squared, state.total - explained
-
-
-def _factor(system: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(system)
-    return factor if int(info) == 0 else cholesky_with_ridge(system, relative_ridge=1e-5)
 
 
 def alternate(
@@ -219,11 +253,8 @@ def alternate(
 
 
 def keep_channels(state: EntropicState, kept: Tensor) -> None:
-    """Remove every channel outside `kept` (positions into `alive`) with its rows and columns; renormalise w."""
-    for number, block in enumerate(state.blocks):
-        features = (kept[:, None] * block + torch.arange(block)).flatten().to(state.grams[number].device)
-        state.grams[number] = state.grams[number].index_select(0, features).index_select(1, features)
-        state.targets[number] = state.targets[number].index_select(0, features)
+    """Remove every channel outside `kept` (positions into `alive`) with its features; renormalise w."""
+    state.ridges = [ridge.keep(kept) for ridge in state.ridges]
     state.alive = state.alive[kept]
     state.probability = state.probability[kept] / state.probability[kept].sum()
 
@@ -231,10 +262,10 @@ def keep_channels(state: EntropicState, kept: Tensor) -> None:
 def nested_errors(problem: GroupProblem, order: Sequence[int], *, device: str = "cpu") -> np.ndarray:
     """Unexplained variance after refitting on the first k channels of an order, for every k.
 
-    One factorisation per consumer serves all k.
-
-    With G = L L^T in that order and Z = L^-1 G W^T, the first k blocks explain exactly the squared norm of the first k
-    blocks of Z, because the leading part of L is the factor of the leading part of G.
+    One factorisation per consumer serves all k: with G = L L^T in that order and Z = L^-1 G W^T, the first k blocks
+    explain exactly the squared norm of the first k blocks of Z, because the leading part of L is the factor of the
+    leading part of G. A consumer with fewer rows than features explains everything of its own rows long before k = c:
+    its error is measured on held-out rows, see :func:`entprune.heldout.held_out_errors`.
 
     Args:
         order: all c channels, most important first.
@@ -244,17 +275,29 @@ def nested_errors(problem: GroupProblem, order: Sequence[int], *, device: str = 
     """
     channels = torch.as_tensor(np.asarray(order, dtype=np.int64))
     total, explained = 0.0, torch.zeros(len(order), dtype=torch.float64)
+    held_out = np.zeros(len(order) + 1)
     for consumer in problem.consumers:
-        features = (channels[:, None] * consumer.block + torch.arange(consumer.block)).flatten().to(device)
-        gram = torch.from_numpy(consumer.gram).to(device)[features][:, features]
-        weight = torch.from_numpy(consumer.weight).to(device)[:, features]
-        factor = cholesky_with_ridge(gram)
-        target = gram @ weight.T
-        rotated = torch.linalg.solve_triangular(factor, target, upper=False)  # Z: (d, m)
-        total += float((target * weight.T).double().sum())
-        explained += rotated.double().square().sum(1).reshape(-1, consumer.block).sum(1).cpu()
+        features = (channels[:, None] * consumer.block + torch.arange(consumer.block)).to(device)  # (c, b)
+        weight = torch.from_numpy(consumer.weight).to(device)
+        if isinstance(consumer, RowProblem):
+            held_out += held_out_errors(torch.from_numpy(consumer.factor).to(device), weight, features)
+            continue
+        gram = torch.from_numpy(consumer.gram).to(device)
+        variance, blocks = _explained_blocks(gram, weight, features)
+        total += variance
+        explained += blocks
     errors = np.concatenate([[total], total - np.cumsum(explained.numpy())])
-    return np.minimum.accumulate(np.maximum(errors, 0.0))
+    return np.asarray(np.minimum.accumulate(np.maximum(errors, 0.0)) + held_out)
+
+
+def _explained_blocks(gram: Tensor, weight: Tensor, features: Tensor) -> tuple[float, Tensor]:
+    """Total variance, and (c,) what each channel explains beyond those before it."""
+    columns = features.flatten()
+    gram, weight = gram[columns][:, columns], weight[:, columns]
+    target = gram @ weight.T
+    rotated = torch.linalg.solve_triangular(cholesky_with_ridge(gram), target, upper=False)  # Z: (d, m)
+    blocks = rotated.double().square().sum(1).reshape(features.shape).sum(1).cpu()
+    return float((target * weight.T).double().sum()), blocks
 
 
 def quadratic_probability_step(
@@ -299,9 +342,16 @@ def _quadratic_form(problem: GroupProblem, layer_weights: Sequence[Tensor]) -> t
     quadratic = torch.zeros(count, count, dtype=torch.float64)
     linear = torch.zeros(count, dtype=torch.float64)
     for consumer, layer_weight in zip(problem.consumers, layer_weights, strict=True):
-        gram = torch.from_numpy(consumer.gram).double()
         weight = torch.from_numpy(consumer.weight).double()
         dense = layer_weight.double()
+        if isinstance(consumer, RowProblem):
+            factor = torch.from_numpy(consumer.factor).double()
+            blocks = factor.reshape(-1, count, consumer.block), dense.reshape(-1, count, consumer.block)
+            answers = torch.einsum("tcb,mcb->ctm", *blocks).flatten(1)  # what each channel alone contributes
+            quadratic += answers @ answers.T
+            linear += answers @ (factor @ weight.T).flatten()
+            continue
+        gram = torch.from_numpy(consumer.gram).double()
         product = (dense.T @ dense) * gram
         quadratic += product.reshape(count, consumer.block, count, consumer.block).sum((1, 3))
         linear += (dense * (weight @ gram)).sum(0).reshape(count, consumer.block).sum(1)

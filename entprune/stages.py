@@ -32,6 +32,7 @@ from entprune.config import PruneConfig
 from entprune.errors import DataError, ModelError
 from entprune.evaluation import ImageSplit, predict_classes, predict_logits
 from entprune.groups import ChannelGroup, ChannelGroups, find_groups
+from entprune.moments import RowMoments
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
 from entprune.plan import PruningPlan, consumer_features
 from entprune.regression import GroupProblem, build_problem
@@ -183,7 +184,7 @@ class SolveJob:
 
 def group_problem(network: Network, group: ChannelGroup, statistics: Statistics) -> GroupProblem:
     """The scaled regressions of one group."""
-    consumers: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    consumers: dict[str, tuple[np.ndarray | RowMoments, np.ndarray, np.ndarray]] = {}
     for piece in group.consumers:
         moments = statistics[piece.layer].moments
         layer = network.model.get_submodule(piece.layer)
@@ -192,7 +193,8 @@ def group_problem(network: Network, group: ChannelGroup, statistics: Statistics)
                 f"layer {piece.layer!r}: expected moments of its inputs, got none; calibrate it as a consumer."
             )
         weight = layer.weight.detach().flatten(1).numpy()  # type: ignore[operator]
-        consumers[piece.layer] = (moments.covariance(), weight, consumer_features(layer, piece))
+        inputs = moments if isinstance(moments, RowMoments) else moments.covariance()
+        consumers[piece.layer] = (inputs, weight, consumer_features(layer, piece))
     return build_problem(group.name, group.num_channels, consumers)
 
 

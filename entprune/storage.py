@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from entprune.calibration import LayerStatistics, Statistics
 from entprune.errors import ArtifactError, ConfigError, OutputError
-from entprune.moments import Moments
+from entprune.moments import InputMoments, Moments, RowMoments
 from entprune.path import PathSetting, SettingPath, SparsityPath
 
 _BUNDLE_VERSION = "1"
@@ -85,6 +85,31 @@ def atomic_write_text(path: Path, text: str) -> None:
         OutputError: the file cannot be written.
     """
     _write_atomically(Path(path), lambda target: _write_text(target, text))
+
+
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """Lend an empty file beside `final` that takes its place on success and vanishes on error.
+
+    Args:
+        final: the file to make; missing folders are made, an older file is replaced.
+
+    Raises:
+        OutputError: the file cannot be made, filled or replaced.
+    """
+    final = Path(final)
+    staged = _sibling(final, "partial")
+    with _reported_as_output_error(final):
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            staged.touch()
+            mode = staged.stat().st_mode
+            yield staged
+            staged.chmod(mode)  # safetensors makes files that only their owner can read
+            staged.replace(final)
+        finally:  # on success the name is gone already
+            with contextlib.suppress(OSError):
+                staged.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -151,7 +176,7 @@ def load_setting_path(path: Path) -> SettingPath:
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
-    """Store what the calibration data say about each layer, float64 moments included, bit by bit.
+    """Store what the calibration data say about each layer, moments or rows included, bit by bit.
 
     Raises:
         OutputError: the file cannot be written.
@@ -161,7 +186,9 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
     for number, (layer, entry) in enumerate(statistics.items()):
         moments = entry.moments
         arrays[f"{number}.outputs"] = entry.outputs
-        if moments is not None:
+        if isinstance(moments, RowMoments):
+            arrays[f"{number}.rows"] = moments.rows
+        elif moments is not None:
             arrays |= {f"{number}.mean": moments.mean, f"{number}.scatter": moments.scatter}
         layers.append({"layer": layer, "count": None if moments is None else moments.count})
     write_bundle(path, arrays, {"kind": "statistics", "layers": layers})
@@ -179,9 +206,11 @@ def load_statistics(path: Path) -> dict[str, LayerStatistics]:
         }
 
 
-def _moments(arrays: Mapping[str, np.ndarray], count: int | None, number: int) -> Moments | None:
+def _moments(arrays: Mapping[str, np.ndarray], count: int | None, number: int) -> InputMoments | None:
     if count is None:
         return None
+    if f"{number}.rows" in arrays:
+        return RowMoments(rows=arrays[f"{number}.rows"])
     return Moments(count=count, mean=arrays[f"{number}.mean"], scatter=arrays[f"{number}.scatter"])
 
 
@@ -239,18 +268,8 @@ def _sibling(path: Path, suffix: str) -> Path:
 
 
 def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    temporary_path = _sibling(path, "partial")
-    with _reported_as_output_error(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary_path.touch()
-            mode = temporary_path.stat().st_mode
-            write(temporary_path)
-            temporary_path.chmod(mode)  # safetensors makes files that only their owner can read
-            temporary_path.replace(path)
-        finally:  # on success the name is gone already
-            with contextlib.suppress(OSError):
-                temporary_path.unlink(missing_ok=True)
+    with staged_file(path) as staged:
+        write(staged)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `entprune prune | train | evaluate | inspect`.
+"""The command line: `entprune prune | train | evaluate | export | inspect`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: a failure that is not the
 user's; 2: something that the user can mend, in one sentence; 130: interrupted.
@@ -19,9 +19,6 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from entprune.datasets import ImageData
     from entprune.stages import Network
     from flows.tables import GroupRow
 
@@ -53,6 +50,9 @@ DataOption = Annotated[
         metavar="SPEC",
         help="digits, mnist, fashion_mnist, cifar10, cifar100, npz:FILE, imagefolder:DIR, or package.module:factory.",
     ),
+]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="DIR|models:/NAME@ALIAS", help="Folder of a run or model, or a registered version.")
 ]
 DataRootOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of mnist and the like, downloaded there if missing.")
@@ -320,9 +320,7 @@ Measure the version that was registered last:
 )
 def evaluate(
     *,
-    source: Annotated[
-        str, typer.Argument(metavar="DIR|models:/NAME@ALIAS", help="Folder of a run or model, or a registered version.")
-    ],
+    source: SourceArgument,
     data: DataOption,
     data_root: DataRootOption = None,
     mean: MeanOption = None,
@@ -335,10 +333,11 @@ def evaluate(
     Images are normalised as the network was trained unless --mean and --std say otherwise.
     """
     from entprune.evaluation import measure
+    from flows.sources import load_matching_data, load_network
     from flows.tables import evaluation_table
 
-    network, card = _load_network(source)
-    images = _load_matching_data(data, data_root, _numbers("mean", mean), _numbers("std", std), card)
+    network, card = load_network(source)
+    images = load_matching_data(data, data_root, _numbers("mean", mean), _numbers("std", std), card)
     measured = measure(network, images.test, images.input_shape, device=device)
     Console(highlight=False).print(
         evaluation_table(
@@ -353,38 +352,50 @@ def evaluate(
     return 0
 
 
-def _load_network(source: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A network from a folder or the registry, and what is known about how to feed it."""
-    if source.startswith("models:/"):
-        from tasks import tracking
-
-        return tracking.load_registered(source)
-    from entprune.artifact import load_model, read_card
-
-    folder = Path(source)
-    if (folder / "model").is_dir():
-        folder = folder / "model"
-    return load_model(folder), read_card(folder).to_dict()
+# --- export -----------------------------------------------------------------------------------------------------------
 
 
-def _load_matching_data(
-    spec: str, root: Path | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, card: dict[str, Any]
-) -> ImageData:
-    """Data in the form that a network expects, as far as that was recorded."""
-    from entprune.datasets import load_data
-    from entprune.errors import DataError
+@app.command(
+    epilog="""[bold]Examples[/bold]
 
-    mean, std = mean or tuple(card.get("mean") or ()) or None, std or tuple(card.get("std") or ()) or None
-    shape = tuple(card.get("input_shape") or ())
-    image_size = shape[1] if shape and spec.startswith("imagefolder:") else None
-    images = load_data(spec, root=root, mean=mean, std=std, image_size=image_size)
-    num_classes = card.get("num_classes") or images.num_classes
-    if (shape and shape != tuple(images.input_shape)) or num_classes < images.num_classes:
-        raise DataError(
-            f"data '{spec}': expected images {shape or images.input_shape} of at most {num_classes} classes, as the "
-            f"network was trained on, got {images.input_shape} and {images.num_classes}; give the data it was made for."
-        )
-    return images
+For PyTorch, without entprune and without the network's code:
+
+[cyan]entprune export runs/lenet --output lenet.pt2[/cyan]
+
+For ONNX Runtime and most inference engines:
+
+[cyan]entprune export models:/flowers@challenger --output flowers.onnx[/cyan]"""
+)
+def export(
+    *,
+    source: SourceArgument,
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="File to write: .pt2 for PyTorch, .onnx for other engines.")
+    ],
+    input_shape: Annotated[
+        str | None, typer.Option(metavar="C,H,W", help="Of one image, for a network that does not say it itself.")
+    ] = None,
+    verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
+) -> int:
+    """Write a pruned network as one file that runs without entprune.
+
+    The file is read back and compared with the network. It takes any number of images, float32, normalised as for
+    training.
+    """
+    from entprune.export import check_export_path, export_model
+    from flows.preflight import check_output_file
+    from flows.sources import find_input_shape, load_network
+    from flows.tables import export_lines
+
+    check_export_path(output)
+    check_output_file(output)
+    network, card = load_network(source)
+    shape = find_input_shape(source, card) if input_shape is None else _shape(input_shape)
+    exported = export_model(network, output, input_shape=shape, metadata=card)
+    console = Console(highlight=False)
+    for title, text in export_lines(exported, shape, card):
+        console.print(f"[bold]{title:<10}[/bold]{escape(text)}", soft_wrap=True)
+    return 0
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------

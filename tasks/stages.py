@@ -19,6 +19,7 @@ from entprune.artifact import ModelCard, save_model
 from entprune.assembly import RefitConfig, RefitData
 from entprune.calibration import LayerStatistics, Statistics
 from entprune.certificate import Certificate
+from entprune.checkpoints import load_plain_state
 from entprune.config import Budget, PruneConfig
 from entprune.datasets import ArraySplit, ImageData, ImageSplit, split_training
 from entprune.errors import CertificateError, EntpruneError
@@ -382,7 +383,7 @@ def finetune(work: Workload, engine: Engine, smaller: nn.Module, config: Finetun
 def load_arrays(like: nn.Module, state: Mapping[str, np.ndarray]) -> nn.Module:
     """A copy of a network with other weights, in eval mode."""
     loaded = copy.deepcopy(like)
-    loaded.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+    load_plain_state(loaded, {name: torch.from_numpy(np.array(value)) for name, value in state.items()})
     return loaded.eval()
 
 

@@ -44,7 +44,7 @@ _CLASSES = 10
 
 RELOAD = """
 import sys, torch, entprune
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[3]))
 model = entprune.load(sys.argv[1])
 content = torch.load(sys.argv[2], weights_only=True)
 with torch.inference_mode():
@@ -137,8 +137,8 @@ def _check_counts(
 ) -> dict[str, Any]:
     cost = build_cost_model(model, groups, shape)
     parameters, macs = count_parameters(smaller), count_macs(smaller, shape)
-    assert cost.parameters(plan.widths()) == parameters, f"{cost.parameters(plan.widths())} parameters, not {parameters}"
-    assert cost.macs(plan.widths()) == macs, f"{cost.macs(plan.widths())} MACs, flop counter says {macs}"
+    predicted = cost.parameters(plan.widths()), cost.macs(plan.widths())
+    assert predicted == (parameters, macs), f"predicted {predicted} parameters and MACs, counted {(parameters, macs)}"
     dense = count_parameters(model), count_macs(model, shape)
     return {
         "parameters": dense[0],
@@ -168,6 +168,7 @@ def _check_reload(
     with torch.inference_mode():
         torch.save({"images": images, "outputs": smaller(images)}, folder / "answers.pt")
     command = [sys.executable, "-W", "ignore", "-c", RELOAD, str(folder / "model"), str(folder / "answers.pt")]
+    command.append(str(torch.get_num_threads()))  # sums in the same order
     completed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr.strip().splitlines()[-1]
     difference = float(completed.stdout)

@@ -19,7 +19,7 @@ from entprune.path import SparsityPath
 from entprune.report.page import render_page
 from entprune.storage import atomic_write_text, save_path, staging_directory
 
-_PACKAGES = ("entprune", "torch", "torchvision", "torch-pruning", "numpy", "safetensors")
+_PACKAGES = ("entprune", "torch", "torchvision", "numpy", "safetensors")
 
 
 def write_report(report: Mapping[str, Any], paths: Mapping[str, SparsityPath], directory: Path) -> None:
