@@ -14,13 +14,24 @@ from torch import nn
 
 from entprune.artifact import load_model, save_model
 from entprune.config import Budget, PruneConfig
+from entprune.export import export_model
 from entprune.path import PathSetting
 from entprune.plan import PruningPlan
 from entprune.pruning import PruningResult, prune
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "PathSetting", "PruneConfig", "PruningPlan", "PruningResult", "load", "prune", "save"]
+__all__ = [
+    "Budget",
+    "PathSetting",
+    "PruneConfig",
+    "PruningPlan",
+    "PruningResult",
+    "export_model",
+    "load",
+    "prune",
+    "save",
+]
 
 
 def save(result: PruningResult, directory: str | Path) -> None:

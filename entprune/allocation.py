@@ -6,8 +6,9 @@ re-evaluated as its neighbours shrink.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -62,6 +63,14 @@ class CostModel:
         """Cost in parameters or MACs."""
         total = float(self.untouched_parameters) if objective == "parameters" else 0.0
         return total + sum(float(_layer_cost(layer, widths, objective)) for layer in self.layers)
+
+    def blocks(self) -> dict[str, int]:
+        """Channels that the first layer to write a group gets for each of the group's."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            for group, block in layer.output_blocks.items():
+                found.setdefault(group, block)
+        return found
 
     def along(self, group: str, widths: Mapping[str, int], num_channels: int, objective: Objective) -> np.ndarray:
         """(c + 1,) part of the cost that depends on one group, for every width of it, the others fixed."""
@@ -181,7 +190,8 @@ class AllocationProblem:
         minimum: per group the least width.
         cost: size of the network at any widths.
         objective: what is made small.
-        round_to: widths are multiples of this where the group is wide enough.
+        round_to: widths of layers are multiples of this; a group's dense width is always allowed.
+        blocks: per group the channels that a layer gets for each of the group's, where that is not one.
     """
 
     losses: Mapping[str, np.ndarray]
@@ -189,6 +199,7 @@ class AllocationProblem:
     cost: CostModel
     objective: Objective = "parameters"
     round_to: int = 1
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
     def full(self) -> dict[str, int]:
         """Dense widths."""
@@ -202,7 +213,8 @@ class AllocationProblem:
         """Widths that the group may take, ascending; the dense width is always among them."""
         dense = len(self.losses[name]) - 1
         width = np.arange(min(self.minimum[name], dense), dense + 1)
-        return np.asarray(width[(width % self.round_to == 0) | (width == dense)])
+        step = self.round_to // math.gcd(self.round_to, self.blocks.get(name, 1))
+        return np.asarray(width[(width % step == 0) | (width == dense)])
 
     def loss(self, widths: Mapping[str, int]) -> float:
         """Predicted loss: the sum over groups."""

@@ -23,8 +23,9 @@ from entprune.calibration import SamplingPlan, Statistics
 from entprune.evaluation import ImageSplit
 from entprune.groups import ChannelGroups, shared_layers
 from entprune.layers import LayerSelection, input_width, is_dense, narrow_layers
-from entprune.moments import GramSum, ProductSum, count_positions, draw_positions, feature_count, read_rows
+from entprune.moments import GramSum, Moments, ProductSum, count_positions, draw_positions, feature_count, read_rows
 from entprune.plan import PruningPlan, select_layers
+from entprune.repeated import refit_repeated
 from entprune.ridge import row_kernel
 from entprune.tracing import called_modules, trace
 
@@ -110,7 +111,15 @@ def assemble(
     selection = select_layers(model, groups, plan)
     smaller = slice_network(model, groups, plan).eval().to(device)
     if any(len(group.kept_channels) < group.num_channels for group in plan.groups):
-        walk = _RefitWalk(graph or trace(model).graph, groups, smaller, model, selection, data, config, device)
+        graph = graph or trace(model).graph
+        free = _free_modules(graph, groups.protected | shared_layers(model))
+        moments = {
+            name: entry.moments
+            for name, entry in data.statistics.items()
+            if isinstance(entry.moments, Moments) and name not in free and name not in groups.protected
+        }
+        refit_repeated(smaller, model, selection, moments, relative_ridge=config.relative_ridge)
+        walk = _RefitWalk(graph, free, smaller, model, selection, data, config, device)
         with torch.inference_mode():
             walk.run(progress)
     return smaller.cpu()
@@ -122,7 +131,7 @@ class _RefitWalk:
     def __init__(
         self,
         graph: fx.Graph,
-        groups: ChannelGroups,
+        may_change: Collection[str],
         smaller: nn.Module,
         dense: nn.Module,
         selection: Mapping[str, LayerSelection],
@@ -130,7 +139,7 @@ class _RefitWalk:
         config: RefitConfig,
         device: str,
     ) -> None:
-        self._graph, self._may_change = graph, _free_modules(graph, groups.protected)
+        self._graph, self._may_change = graph, may_change
         self._smaller, self._dense = smaller, dense
         self._selection, self._statistics, self._sampling = selection, data.statistics, data.sampling
         self._data, self._config, self._device = data, config, device
@@ -224,9 +233,9 @@ class _RefitWalk:
         )
 
 
-def _free_modules(graph: fx.Graph, protected: Collection[str]) -> frozenset[str]:
-    """Modules that are called once and may change."""
-    return frozenset(name for name, count in called_modules(graph).items() if count == 1 and name not in protected)
+def _free_modules(graph: fx.Graph, left_alone: Collection[str]) -> frozenset[str]:
+    """Modules that are called once and that the walk may change."""
+    return frozenset(name for name, count in called_modules(graph).items() if count == 1 and name not in left_alone)
 
 
 def _attribute(root: nn.Module, target: str) -> Any:
@@ -322,8 +331,8 @@ class _DualRowFit:
         residual = y.addmm_(x, prior.T, alpha=-1.0)
         coefficients = torch.cholesky_solve(residual.double(), torch.linalg.cholesky(kernel))  # (t, m)
         weight = torch.addmm(prior, coefficients.T.float(), x)
-        passed = torch.cat([part.double() @ mean_x.double() for part in weight.split(256)])  # W mean, without a copy
-        return weight, (mean_y.double() - passed).float()
+        shift = torch.cat([part.double() @ mean_x.double() for part in torch.split(weight, 256)])  # W is never copied
+        return weight, (mean_y.double() - shift).float()
 
     def _centred(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(t, k) float32 values less their (k,) mean, and the mean; zero without an intercept."""

@@ -116,7 +116,7 @@ def collect_statistics(
                 )
             if progress is not None:
                 progress(min(start + sampling.batch_size, len(indices)), len(indices))
-    return collector.result()
+        return collector.result()
 
 
 def merge_statistics(shards: Sequence[Statistics]) -> dict[str, LayerStatistics]:

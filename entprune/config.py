@@ -76,7 +76,8 @@ class PruneConfig:
             rises from almost nothing.
         objective: what is made small under an accuracy budget.
         minimum_channels: least width of a group.
-        round_to: widths are multiples of this.
+        minimum_fraction: the same as a fraction of its dense width.
+        round_to: widths of layers are multiples of this, dense ones excepted.
         keep: shell patterns of layers that must not change.
         relative_ridge, reestimate_batchnorm: see RefitConfig.
         drop_estimate: how the drop on new images is estimated: "labels", "posterior" or "blend" (entprune.selection).
@@ -102,6 +103,7 @@ class PruneConfig:
     loss_exponent: float = 0.7
     objective: Literal["parameters", "macs"] = "parameters"
     minimum_channels: int = 1
+    minimum_fraction: float = 0.0
     round_to: int = 1
     keep: tuple[str, ...] = ()
     relative_ridge: float = 1e-3
@@ -126,6 +128,8 @@ class PruneConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0.0 < self.loss_exponent <= 4.0:
             raise ConfigError(f"loss_exponent must lie in (0, 4], got {self.loss_exponent}.")
+        if not 0.0 <= self.minimum_fraction <= 1.0:
+            raise ConfigError(f"minimum_fraction must lie in [0, 1], got {self.minimum_fraction}.")
         if not self.settings:
             raise ConfigError("settings must hold at least one path setting, got none.")
         if self.drop_estimate not in DROP_ESTIMATES:

@@ -51,12 +51,12 @@ class RowMoments:
 
     @property
     def count(self) -> int:
-        """t."""
+        """Number of rows t."""
         return len(self.rows)
 
     @property
     def mean(self) -> np.ndarray:
-        """(d,) float64."""
+        """(d,) float64, zero without rows."""
         return np.asarray(self.rows.mean(0, dtype=np.float64) if self.count else np.zeros(self.rows.shape[1]))
 
     def factor(self) -> np.ndarray:
@@ -161,7 +161,7 @@ class GramSum:
 
 
 class MomentAccumulator:
-    """Adds batches of rows in memory independent of their number: 8 d^2 bytes of totals and half of that for partial sums.
+    """Adds batches of rows in memory independent of their number: 8 d^2 bytes for the result, as much for partial sums.
 
     Rows are shifted by the mean of the first batch, which removes the cancellation that raw second moments suffer from.
     """

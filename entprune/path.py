@@ -74,7 +74,8 @@ class SettingPath:
     Attributes:
         setting: its hyperparameters.
         order: (c,) channels, most important first; the first k are the kept set of width k.
-        errors: (c + 1,) refit error at each width, summed over consumers (fraction of output variance unexplained).
+        errors: (c + 1,) refit error at each width, summed over consumers (fraction of output variance unexplained; on
+            held-out rows for a consumer with fewer rows than features).
         snapshots: (s, c) channel probabilities along the continuation, zero for dropped channels.
         status: "complete" if one channel was left at the end, else "level limit".
     """

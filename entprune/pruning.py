@@ -45,7 +45,7 @@ from entprune.stages import (
     solve,
 )
 
-_CERTIFICATE_IMAGES = 16
+_CERTIFICATE_IMAGES, _CERTIFICATE_PIXELS = 16, 16 * 64 * 64  # at most, and not fewer than two images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -241,7 +241,7 @@ def candidate_job(
         data=RefitData(
             split=images.split,
             indices=images.indices,
-            statistics=answers_only(statistics),
+            statistics=answers_only(statistics, network),
             sampling=sampling_plan(config, len(images)),
         ),
         refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),
@@ -263,7 +263,9 @@ def certify_result(
     network: Network, smaller: nn.Module, plan: PruningPlan, images: ImageSet, config: PruneConfig
 ) -> Certificate:
     """Certificate on calibration images."""
-    batch = images.split.batch(images.indices[:_CERTIFICATE_IMAGES])
+    _, height, width = network.input_shape
+    count = max(2, min(_CERTIFICATE_IMAGES, _CERTIFICATE_PIXELS // (height * width)))
+    batch = images.split.batch(images.indices[:count])
     return certify(network.model, smaller, network.groups, plan, batch, tolerance=config.certificate_tolerance)
 
 

@@ -132,7 +132,7 @@ def _scaled_rows(
 ) -> ConsumerProblem | RowProblem:
     """The same from rows (t, d); a Gram matrix if the group's own features are no more than the rows."""
     order, block = features.ravel(), features.shape[1]
-    whole = moments.factor()
+    whole, weight = moments.factor(), weight.astype(np.float32, copy=False)
     factor, matrix = whole[:, order], weight[:, order]  # indexing copies
     scale = _feature_scale(torch.from_numpy(np.einsum("td,td->d", factor, factor, dtype=np.float64)), block).numpy()
     variance = _row_output_variance(weight, whole)

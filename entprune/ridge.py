@@ -49,7 +49,7 @@ def row_kernel(rows: Tensor) -> Tensor:
     Float32 products of some thousand columns, carried over into float64: the rounding error does not grow with d.
     """
     kernel = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    for part in rows.split(_KERNEL_COLUMNS, dim=1):
+    for part in torch.split(rows, _KERNEL_COLUMNS, dim=1):
         kernel += part @ part.T
     return kernel
 
@@ -100,7 +100,7 @@ class GramRidge:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowRidge:
-    """Dual form; one step takes about five times the memory of the factor beside it, 20 t d bytes, and 8 * 4 t^2.
+    """Dual form; one step takes at most 20 t d + 32 t^2 bytes, the factor included.
 
     Attributes:
         factor: (t, d) float32 centred, scaled rows over sqrt(t).
@@ -157,7 +157,8 @@ def compressed_answers(factor: Tensor, weight: Tensor) -> Tensor:
     answers = (factor @ weight.T).double()
     if answers.shape[1] <= answers.shape[0]:
         return answers
-    return torch.linalg.qr(answers.T, mode="r").R.T.contiguous()
+    triangle: Tensor = torch.linalg.qr(answers.T, mode="r").R
+    return triangle.T.contiguous()
 
 
 def _cholesky(system: Tensor) -> Tensor:

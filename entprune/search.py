@@ -133,11 +133,17 @@ def allocation_problem(
     """Predicted losses are the paths' refit errors to the power `loss_exponent`."""
     return AllocationProblem(
         losses={name: path.errors**config.loss_exponent for name, path in paths.items()},
-        minimum={name: min(config.minimum_channels, path.num_channels) for name, path in paths.items()},
+        minimum={name: _least_width(path.num_channels, config) for name, path in paths.items()},
         cost=cost,
         objective=objective,
         round_to=config.round_to,
+        blocks=cost.blocks(),
     )
+
+
+def _least_width(num_channels: int, config: PruneConfig) -> int:
+    floor = max(config.minimum_channels, math.ceil(config.minimum_fraction * num_channels - 1e-9))
+    return min(floor, num_channels)
 
 
 def plan_for_widths(paths: Mapping[str, SparsityPath], widths: Mapping[str, int]) -> PruningPlan:

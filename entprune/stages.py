@@ -363,6 +363,10 @@ def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
 
 
-def answers_only(statistics: Statistics) -> dict[str, LayerStatistics]:
-    """Statistics without moments: all that assembly needs."""
-    return {layer: LayerStatistics(moments=None, outputs=entry.outputs) for layer, entry in statistics.items()}
+def answers_only(statistics: Statistics, network: Network) -> dict[str, LayerStatistics]:
+    """All that assembly needs: answers, and moments of the layers alone that it cannot refit where it reaches them."""
+    once = set(network.refit_layers)
+    return {
+        layer: LayerStatistics(moments=None if layer in once else entry.moments, outputs=entry.outputs)
+        for layer, entry in statistics.items()
+    }

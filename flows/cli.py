@@ -62,6 +62,9 @@ MeanOption = Annotated[
 ]
 StdOption = Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation per channel, likewise.")]
 DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the heavy work runs.")]
+KeepOption = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Layers that must not change at all; may be repeated.")
+]
 SeedOption = Annotated[int, typer.Option(help="Of every random choice.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the engines' logs and full tracebacks.")]
 
@@ -171,9 +174,14 @@ def prune(
     device: DeviceOption = "cpu",
     register: Annotated[str | None, typer.Option(metavar="NAME", help="Register the result in MLflow.")] = None,
     seed: SeedOption = 0,
-    keep: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Layers that must not change; may be repeated.")
-    ] = None,
+    keep: KeepOption = None,
+    round_to: Annotated[
+        int, typer.Option(metavar="N", help="Widths of layers are multiples of N; 8 suits most hardware.")
+    ] = 1,
+    min_channels: Annotated[int, typer.Option(metavar="N", help="Channels that every group keeps at least.")] = 1,
+    min_fraction: Annotated[
+        float, typer.Option(metavar="FRACTION", help="The same as a fraction of its channels.")
+    ] = 0.0,
     cache_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where intermediate results are kept for the next run.")
     ] = None,
@@ -189,7 +197,8 @@ def prune(
         "parameters_removed": parameters_removed, "macs_removed": macs_removed, "finetune_epochs": finetune_epochs,
         "calibration_samples": calibration_samples, "validation_samples": validation_samples, "workers": workers,
         "gpus_per_worker": gpus_per_worker, "ray_address": ray_address, "device": device, "register": register,
-        "seed": seed, "keep": tuple(keep or ()), "output": output, "cache_dir": cache_dir,
+        "seed": seed, "keep": tuple(keep or ()), "round_to": round_to, "minimum_channels": min_channels,
+        "minimum_fraction": min_fraction, "output": output, "cache_dir": cache_dir,
     }  # fmt: skip
     return _prune({name: value for name, value in options.items() if value is not None}, is_verbose=verbose)
 
@@ -379,8 +388,7 @@ def export(
 ) -> int:
     """Write a pruned network as one file that runs without entprune.
 
-    The file is read back and compared with the network. It takes any number of images, float32, normalised as for
-    training.
+    The file takes any number of images, normalised as for training; it is read back and compared with the network.
     """
     from entprune.export import check_export_path, export_model
     from flows.preflight import check_output_file
@@ -391,10 +399,10 @@ def export(
     check_output_file(output)
     network, card = load_network(source)
     shape = find_input_shape(source, card) if input_shape is None else _shape(input_shape)
-    exported = export_model(network, output, input_shape=shape, metadata=card)
+    exported = export_model(network, output, input_shape=shape, metadata={**card, "input_shape": shape})
     console = Console(highlight=False)
     for title, text in export_lines(exported, shape, card):
-        console.print(f"[bold]{title:<10}[/bold]{escape(text)}", soft_wrap=True)
+        console.print(f"[bold]{title:<11}[/bold]{escape(text)}", soft_wrap=True)
     return 0
 
 
@@ -419,6 +427,7 @@ def inspect(
         str | None, typer.Option(metavar="C,H,W", help="Of one image; the built-in networks know theirs.")
     ] = None,
     num_classes: Annotated[int | None, typer.Option(metavar="N", help="10, or 1000 for torchvision's.")] = None,
+    keep: KeepOption = None,
     verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
 ) -> int:
     """Show what can be pruned in a network, and why the rest cannot.
@@ -436,7 +445,7 @@ def inspect(
     network = build_model(model, num_classes=classes, input_shape=shape)
     if checkpoint is not None:
         load_checkpoint(network, checkpoint)
-    analysed = analyse(network, shape, PruneConfig())
+    analysed = analyse(network, shape, PruneConfig(keep=tuple(keep or ())))
     console = Console(highlight=False)
     console.print(group_table(_group_rows(analysed)))
     console.print(unprunable_table([(entry.layer, entry.reason) for entry in analysed.groups.unprunable]))

@@ -15,7 +15,10 @@ from entprune.errors import ConfigError
 
 _DEFAULTS = PruneConfig()
 _REGISTRY_NAME = re.compile(r"[^/:\s]([^/:]*[^/:\s])?")
-_OWN_FIELDS = ("calibration_samples", "validation_samples", "device", "seed", "keep")
+_OWN_FIELDS = (
+    "calibration_samples", "validation_samples", "device", "seed", "keep", "round_to", "minimum_channels",
+    "minimum_fraction",
+)  # fmt: skip
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which no model needs
@@ -34,6 +37,8 @@ with warnings.catch_warnings():
             ray_address: cluster to join; None for RAY_ADDRESS, or else a cluster of this machine's own.
             register: name under which the result is registered; None for not at all.
             keep: shell patterns of layers that must not change.
+            round_to: widths of layers are multiples of this.
+            minimum_channels, minimum_fraction: floor of every group's width.
             output: folder of the report and the smaller network.
             cache_dir: folder of the stages' results; None for the flow's own choice.
             experiment: of MLflow.
@@ -61,6 +66,9 @@ with warnings.catch_warnings():
         register: str | None = None
         seed: int = Field(default=_DEFAULTS.seed, ge=0)
         keep: tuple[str, ...] = ()
+        round_to: int = Field(default=_DEFAULTS.round_to, ge=1)
+        minimum_channels: int = Field(default=_DEFAULTS.minimum_channels, ge=1)
+        minimum_fraction: float = Field(default=_DEFAULTS.minimum_fraction, ge=0.0, le=1.0)
         output: Path
         cache_dir: Path | None = None
         experiment: str = Field(default="entprune", min_length=1)

@@ -97,7 +97,7 @@ def _run_stages(parameters: PruneParameters, work: Workload, engine: Engine) -> 
     is_solved = len(known) == len(work.network.groups.groups) * len(work.config.settings)
     calibration = stages.calibrate(work, engine, needs_moments=not is_solved)
     paths = stages.solve(work, engine, calibration, known)
-    calibration.drop_moments()
+    calibration.drop_moments(work.network)
     found, validation_accuracy = stages.search(work, engine, calibration, paths)
     models: dict[str, nn.Module] = {"dense": work.network.model, "one_shot": build_smaller(work.network, found)}
     certificate = stages.certify(work, engine, models["one_shot"], found.chosen.plan)

@@ -1,38 +1,55 @@
-"""Finished networks from where they were written, and data in the form that they expect."""
+"""Finished networks from where they were written, and what they must be fed."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from entprune.artifact import load_model, read_card
 from entprune.datasets import ImageData, load_data
 from entprune.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def load_network(source: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A network from a folder or the registry, and what is known about how to feed it."""
+    """A network from a folder or the registry, and what is known about how to feed it.
+
+    Raises:
+        ArtifactError: the folder is unusable. EngineError: the registry has no such version.
+    """
     if source.startswith("models:/"):
-        from tasks import tracking
+        from tasks import tracking  # noqa: PLC0415 -- takes seconds, and a folder does not need it
 
         return tracking.load_registered(source)
-    from entprune.artifact import load_model, read_card
-
     folder = Path(source)
     if (folder / "model").is_dir():
         folder = folder / "model"
     return load_model(folder), read_card(folder).to_dict()
 
 
+def find_input_shape(source: str, card: dict[str, Any]) -> tuple[int, int, int]:
+    """Channels, height and width of one image, as far as that was recorded.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    shape = card.get("input_shape")
+    if not shape:
+        raise ConfigError(f"'{source}': expected a network that says which images it takes; give --input-shape C,H,W.")
+    channels, height, width = (int(size) for size in shape)
+    return channels, height, width
+
+
 def load_matching_data(
     spec: str, root: Path | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, card: dict[str, Any]
 ) -> ImageData:
-    """Data in the form that a network expects, as far as that was recorded."""
-    from entprune.datasets import load_data
-    from entprune.errors import DataError
+    """Data in the form that a network expects, as far as that was recorded.
 
+    Raises:
+        DataError: the data are unusable, or of another form.
+    """
     mean, std = mean or tuple(card.get("mean") or ()) or None, std or tuple(card.get("std") or ()) or None
     shape = tuple(card.get("input_shape") or ())
     image_size = shape[1] if shape and spec.startswith("imagefolder:") else None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from entprune.export import ExportedFile
 
 _MISSING = "-"
 
@@ -70,6 +73,26 @@ def evaluation_table(
     for batch, value in latency_ms.items():
         table.add_row(f"latency, batch {batch}", _milliseconds(value))
     return table
+
+
+def export_lines(
+    exported: ExportedFile, input_shape: tuple[int, int, int], card: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """What an exported file is, how exactly it repeats the network, and how it is used."""
+    batches = ", ".join(str(size) for size in exported.batch_sizes)
+    images = f"images (n, {', '.join(str(size) for size in input_shape)}), float32"
+    if card.get("mean") and card.get("std"):
+        mean, std = (", ".join(f"{value:g}" for value in card[name]) for name in ("mean", "std"))
+        images += f", as (pixel in [0, 1] - mean) / std with mean {mean} and std {std}"
+    is_torch = exported.path.suffix == ".pt2"
+    load = 'torch.export.load("{}").module()' if is_torch else 'onnxruntime.InferenceSession("{}")'
+    return [
+        ("file", str(exported.path)),
+        ("size", f"{exported.num_bytes:,} bytes"),
+        ("verified", f"{exported.relative_difference:.1e} (relative, {exported.verified_by}, batches of {batches})"),
+        ("input", images),
+        ("load", load.format(exported.path)),
+    ]
 
 
 def group_table(rows: Sequence[GroupRow]) -> Table:

@@ -12,12 +12,12 @@ class ExportedNetwork(nn.Module):
 
     def __init__(self, graph: nn.Module) -> None:
         super().__init__()
-        self.graph = graph
+        self.network = graph  # a module named `graph` could not be exported again
         self.training = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (n, C, H, W) to what the exported network gave for them."""
-        outputs: Tensor = self.graph(images)
+        outputs: Tensor = self.network(images)
         return outputs
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 -- torch's signature

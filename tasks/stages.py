@@ -138,9 +138,9 @@ class Calibration:
     def __init__(self, statistics: dict[str, LayerStatistics]) -> None:
         self.statistics = statistics
 
-    def drop_moments(self) -> None:
-        """Keep the answers alone, which is all that candidates need."""
-        self.statistics = answers_only(self.statistics)
+    def drop_moments(self, network: Network) -> None:
+        """Keep what candidates need alone."""
+        self.statistics = answers_only(self.statistics, network)
 
 
 class Engine:
@@ -212,7 +212,7 @@ def calibrate(work: Workload, engine: Engine, *, needs_moments: bool) -> Calibra
             return Calibration({name: _joined(entry, moments.get(name)) for name, entry in answers.items()})
         statistics = calibrate_network(work.network, work.calibration, work.config, engine.runner)
         store.keep("moments", moments_key, partial(save_statistics, _moments_only(statistics)))
-        store.keep("answers", answers_key, partial(save_statistics, answers_only(statistics)))
+        store.keep("answers", answers_key, partial(save_statistics, answers_only(statistics, work.network)))
         return Calibration(statistics)
 
 
@@ -283,7 +283,7 @@ def _candidate_job(work: Workload, statistics: Statistics, reference: DenseRefer
         data=RefitData(
             split=images.split,
             indices=images.indices,
-            statistics=answers_only(statistics),
+            statistics=answers_only(statistics, work.network),
             sampling=sampling_plan(config, len(images)),
         ),
         refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),

@@ -382,10 +382,10 @@ def test_progress_ends_at_the_last_node() -> None:
 
 def test_layer_that_cannot_be_sliced_is_explained() -> None:
     selection = LayerSelection(outputs=np.array([0]))
-    with pytest.raises(
-        ModelError, match="layer 'norm': expected a convolution, linear layer or BatchNorm, got GroupNorm"
-    ):
-        narrow_layer(nn.GroupNorm(2, 4), selection, "norm")
+    with pytest.raises(ModelError, match=r"layer 'mix': expected a convolution, linear layer or norm.*, got Bilinear"):
+        narrow_layer(nn.Bilinear(2, 4, 4), selection, "mix")
+    with pytest.raises(ModelError, match=r"whole groups or equal numbers of a GroupNorm's channels, got \[2, 1\]"):
+        narrow_layer(nn.GroupNorm(2, 4), LayerSelection(outputs=np.array([0, 1, 3])), "norm")
 
 
 def test_refit_layers_are_dense_layers_called_once_with_their_own_parameters() -> None:

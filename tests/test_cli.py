@@ -25,6 +25,7 @@ from entprune.evaluation import count_parameters
 from entprune.models import build_model
 from flows import cli
 from tasks import tracking
+from tasks.exported import ExportedNetwork
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -231,7 +232,7 @@ except SystemExit as ended:
 """
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["train"], ["evaluate"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["prune"], ["train"], ["evaluate"], ["export"], ["inspect"]])
 def test_help_teaches_by_example_and_imports_nothing_heavy(command: list[str], tmp_path: Path) -> None:
     completed = run_program(LIST_HEAVY_IMPORTS, *command, "--help", cwd=tmp_path)
     assert completed.stdout.endswith("0 []\n"), completed.stderr
@@ -395,7 +396,7 @@ def test_options_reach_the_flow_with_inputs_loaded_once(
     assert len(inputs.checkpoint_sha256) == 64
 
 
-# --- train, evaluate, inspect -----------------------------------------------------------------------------------------
+# --- train, evaluate, export, inspect ---------------------------------------------------------------------------------
 
 
 def test_train_writes_a_checkpoint_and_shows_its_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -478,6 +479,72 @@ def test_evaluate_refuses_data_of_another_shape(
 def test_evaluate_of_nothing_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("evaluate", str(tmp_path / "none"), "--data", "digits") == 2
     assert_one_sentence(capsys.readouterr().err, "expected a folder with model.json, found none")
+
+
+@pytest.mark.parametrize(
+    ("part", "suffix", "reader"), [("", ".pt2", "torch.export"), ("model", ".onnx", "onnxruntime")]
+)
+def test_export_writes_one_file_and_shows_how_exact_it_is(
+    part: str, suffix: str, reader: str, saved_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / f"digits{suffix}"
+    assert run_cli("export", str(saved_run / part), "--output", str(output)) == 0
+    captured = capsys.readouterr()
+    shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in captured.out.splitlines()}
+    assert captured.err == ""
+    assert shown["file"] == str(output)
+    assert shown["size"] == f"{output.stat().st_size:,} bytes"
+    assert float(shown["verified"].split()[0]) <= 1e-5
+    assert shown["verified"].endswith(f"(relative, {reader}, batches of 1, 2, 5)")
+    assert (
+        shown["input"] == "images (n, 1, 8, 8), float32, as (pixel in [0, 1] - mean) / std with mean 0.75 and std 0.05"
+    )
+    assert str(output) in shown["load"]
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "fragment"),
+    [
+        ("none", "digits.txt", "expected a name ending in .pt2 or .onnx, got '.txt'"),
+        ("none", "file/digits.pt2", "got a file"),
+        ("none", "folder.onnx", "got a folder"),
+        ("none", "digits.pt2", "expected a folder with model.json, found none"),
+        ("models:/nobody@challenger", "digits.onnx", "no MLflow database"),
+    ],
+)
+def test_bad_input_to_export_is_one_sentence_and_leaves_nothing(
+    source: str,
+    output: str,
+    fragment: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.onnx").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert run_cli("export", source, "--output", output) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert_one_sentence(captured.err, fragment)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_export_of_a_registered_graph_needs_only_its_input_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_model("digits_cnn", num_classes=10, input_shape=(1, 8, 8)).eval()
+    batch = torch.export.Dim("batch")
+    graph = torch.export.export(model, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: batch},)).module()
+    monkeypatch.setattr(tracking, "load_registered", lambda _: (ExportedNetwork(graph), {}))
+    given = ["export", "models:/digits@challenger", "--output", str(tmp_path / "digits.onnx")]
+    assert run_cli(*given) == 2
+    assert_one_sentence(capsys.readouterr().err, "'models:/digits@challenger'", "give --input-shape C,H,W")
+    assert run_cli(*given, "--input-shape", "1,8,8") == 0
+    assert (tmp_path / "digits.onnx").is_file()
+    assert run_cli(*given, "--input-shape", "1,9,9") == 2
+    assert_one_sentence(capsys.readouterr().err, "refuses images of shape (1, 1, 9, 9)")
 
 
 def test_inspect_shows_groups_and_what_is_left_alone(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

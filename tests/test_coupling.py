@@ -75,7 +75,7 @@ def test_cut_network_equals_the_masked_one_trains_and_reloads(name: str, tmp_pat
     plan = half(groups)
     smaller = slice_network(model, groups, plan)
     assert certify(model, smaller, groups, plan, torch.randn(3, *IMAGE_SHAPE), tolerance=1e-10).passed
-    outputs = [value for value in tree_leaves(smaller.train()(torch.randn(2, *IMAGE_SHAPE)))]
+    outputs = list(tree_leaves(smaller.train()(torch.randn(2, *IMAGE_SHAPE))))
     sum(value.square().sum() for value in outputs).backward()
     assert all(parameter.grad is not None for parameter in smaller.parameters())
     card = ModelCard(model_spec=None, num_classes=3, input_shape=IMAGE_SHAPE, mean=(), std=(), class_names=())
@@ -179,8 +179,10 @@ def test_kept_layer_keeps_both_axes_and_its_bits() -> None:
 
 # --- a peer -----------------------------------------------------------------------------------------------------------
 
-PEER_NETWORKS = ["alexnet", "vgg11_bn", "resnet18", "resnet50", "densenet121", "mobilenet_v2", "mnasnet0_5", "squeezenet1_1",
-                 "mobilenet_v3_small", "googlenet"]  # fmt: skip
+PEER_NETWORKS = [
+    "alexnet", "vgg11_bn", "resnet18", "resnet50", "densenet121", "mobilenet_v2", "mnasnet0_5", "squeezenet1_1",
+    "mobilenet_v3_small", "googlenet",
+]  # fmt: skip
 
 
 def peer_sets(model: nn.Module, size: int) -> set[frozenset[tuple[str, str]]]:

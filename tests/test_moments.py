@@ -17,6 +17,7 @@ from entprune.moments import (
     MomentAccumulator,
     Moments,
     ProductSum,
+    count_positions,
     draw_positions,
     feature_count,
     merge,
@@ -154,8 +155,9 @@ def test_memory_does_not_depend_on_the_number_of_rows() -> None:
 def test_rows_times_weight_are_the_outputs_of_a_convolution(settings: dict[str, Any], per_image: int) -> None:
     layer = nn.Conv2d(3, 5, **settings)
     images = torch.randn(2, 3, 9, 8)
-    output = layer(images)
-    positions = draw_positions(layer, output, per_image=per_image, seed=1, name="layer", batch=0)
+    output, num_positions = layer(images), count_positions(layer, images)
+    assert num_positions == output.shape[2] * output.shape[3]
+    positions = draw_positions(2, num_positions, per_image=per_image, seed=1, name="layer", batch=0)
     rows, answers = read_rows(layer, images, positions), read_outputs(layer, output, positions)
     taken = min(per_image, output.shape[2] * output.shape[3])
     assert rows.shape == (2 * taken, feature_count(layer))
@@ -167,7 +169,9 @@ def test_rows_times_weight_are_the_outputs_of_a_convolution(settings: dict[str, 
 def test_rows_times_weight_are_the_outputs_of_a_linear_layer(shape: tuple[int, ...]) -> None:
     layer, inputs = nn.Linear(6, 5), torch.randn(*shape)
     output = layer(inputs)
-    positions = draw_positions(layer, output, per_image=1, seed=0, name="layer", batch=0)
+    num_positions = count_positions(layer, inputs)
+    assert shape[0] * num_positions == inputs.numel() // 6
+    positions = draw_positions(shape[0], num_positions, per_image=num_positions, seed=0, name="layer", batch=0)
     assert positions is None
     rows = read_rows(layer, inputs, positions)
     assert rows.shape == (inputs.numel() // 6, feature_count(layer))
@@ -175,23 +179,21 @@ def test_rows_times_weight_are_the_outputs_of_a_linear_layer(shape: tuple[int, .
 
 
 def test_positions_depend_on_seed_layer_and_batch_and_on_nothing_else() -> None:
-    layer, output = nn.Conv2d(1, 1, 1), torch.zeros(6, 1, 12, 12)
-
     def drawn(**change: Any) -> np.ndarray:
         arguments: dict[str, Any] = {"per_image": 7, "seed": 0, "name": "a", "batch": 0} | change
-        positions = draw_positions(layer, arguments.pop("output", output), **arguments)
+        positions = draw_positions(6, 144, **arguments)
         assert positions is not None
         return positions.numpy()
 
+    first = drawn()
     torch.manual_seed(5)
-    np.testing.assert_array_equal(drawn(), drawn(output=torch.ones(6, 3, 12, 12)))
+    np.testing.assert_array_equal(drawn(), first)
     for change in ({"seed": 1}, {"name": "b"}, {"batch": 1}):
         assert (drawn() != drawn(**change)).any()
 
 
 def test_positions_are_distinct_within_an_image_and_reach_every_place() -> None:
-    output = torch.zeros(400, 1, 4, 3)
-    positions = draw_positions(nn.Conv2d(1, 1, 1), output, per_image=5, seed=0, name="a", batch=0)
+    positions = draw_positions(400, 12, per_image=5, seed=0, name="a", batch=0)
     assert positions is not None
     assert positions.shape == (400, 5)
     assert all(len(set(row)) == 5 for row in positions.tolist())

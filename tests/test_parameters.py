@@ -32,7 +32,9 @@ def test_options_and_overrides_reach_the_settings() -> None:
 
 
 def test_parameters_survive_json() -> None:
-    parameters = parse_parameters({**VALID, "mean": (0.1, 0.2), "register": "digits", "overrides": {"round_to": 8}})
+    parameters = parse_parameters(
+        {**VALID, "mean": (0.1, 0.2), "register": "digits", "round_to": 8, "overrides": {"max_rounds": 3}}
+    )
     assert PruneParameters.model_validate_json(parameters.model_dump_json()) == parameters
 
 

@@ -241,8 +241,9 @@ def test_keeping_channels_leaves_their_rows_and_columns(
     assert float(state.probability.sum()) == pytest.approx(1.0)
     for number, block in enumerate(blocks):
         columns = [int(channel) * block + tap for channel in kept for tap in range(block)]
-        assert torch.equal(state.grams[number], before.grams[number][columns][:, columns])
-        assert torch.equal(state.targets[number], before.targets[number][columns])
+        actual, whole = state.ridges[number], before.ridges[number]
+        assert torch.equal(actual.gram, whole.gram[columns][:, columns])
+        assert torch.equal(actual.target, whole.target[columns])
 
 
 def test_channels_dropped_twice_keep_their_numbers() -> None:

@@ -267,7 +267,10 @@ TRAPS: dict[str, Trap] = {
     ),
     "squeeze and excitation": Trap(
         squeeze_excitation,
-        {"first": {"first": one(6), "down": one(6), "up": one(6), "fc": one(6)}, "down": {"down": one(3), "up": one(3)}},
+        {
+            "first": {"first": one(6), "down": one(6), "up": one(6), "fc": one(6)},
+            "down": {"down": one(3), "up": one(3)},
+        },
         {"fc": OUT},
     ),
     "option A shortcut": Trap(
@@ -330,7 +333,9 @@ TRAPS: dict[str, Trap] = {
         flipped, {"one": {"one": one(4), "two": [[3], [2], [1], [0]], "fc": [[3], [2], [1], [0]]}}, {"fc": OUT}
     ),
     "spatial gate": Trap(
-        spatial_gate, {"first": {"first": one(4), "gate": one(4), "fc": one(4)}}, {"gate": "several channels", "fc": OUT}
+        spatial_gate,
+        {"first": {"first": one(4), "gate": one(4), "fc": one(4)}},
+        {"gate": "several channels", "fc": OUT},
     ),
     "pixel shuffle": Trap(
         pixel_shuffle, {"first": {"first": [[0, 1, 2, 3], [4, 5, 6, 7]], "fc": one(2)}}, {"fc": OUT}

@@ -184,7 +184,7 @@ def _group_warnings(report: Mapping[str, Any]) -> Iterator[str]:
     if thin:
         yield (
             f"{_count_groups(thin)} reduced to less than {_FEW_CHANNELS:.0%} of the channels: {_list_some(thin)}. "
-            "If accuracy suffers, raise the floor with minimum_channels."
+            "If accuracy suffers, raise the floor with --min-channels or --min-fraction."
         )
     poor = [
         f"{entry['name']} ({format_fraction(entry['reconstruction_error'])})"
@@ -214,5 +214,5 @@ def _latency_warnings(report: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 f"At batch size {batch_size} the smaller network is not faster "
                 f"({format_milliseconds(before[batch_size])} before, {format_milliseconds(after[batch_size])} after); "
-                "widths that are multiples of 8 (round_to) suit most hardware better."
+                "widths that are multiples of 8 (--round-to 8) suit most hardware better."
             )
