@@ -1,12 +1,14 @@
 # make demo    train a small CNN on the digits and prune it, from nothing but python3
 # make test    run the test suite
 # make check   lint, format, types, layers: what CI runs before the tests
+# make conformance   check every torchvision classification CNN (about half an hour), ONLY=resnet* for some of them
 # make clean   remove caches, builds and the demo's results; .venv stays
 #
 # PYTHON picks the interpreter (3.11 or newer); PYTEST_ARGS goes to pytest, for example PYTEST_ARGS="-m slow".
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+ONLY ?= *
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
@@ -31,7 +33,7 @@ define install
 	fi
 endef
 
-.PHONY: demo test check clean
+.PHONY: demo test check conformance clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -50,6 +52,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+conformance: $(VENV)/.dev
+	$(BIN)/python -m tests.conformance --only "$(ONLY)" --output runs/conformance.json
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage $(DEMO)

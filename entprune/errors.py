@@ -27,7 +27,7 @@ class DataError(EntpruneError):
 
 
 class ArtifactError(EntpruneError):
-    """A saved model folder is missing, damaged, or of an unknown format version."""
+    """A saved model is missing, damaged, or of an unknown format version, or a network cannot be exported."""
 
 
 class OutputError(EntpruneError):

@@ -3,7 +3,7 @@
 Not accuracy: that random weights are pruned says nothing about trained ones. What is shown is that the regression
 itself (moments, paths, refit of every layer) goes through at 224 x 224 in bounded memory.
 
-    python infra/imagenet_size.py --output infra/results/imagenet_size.json resnet50 mobilenet_v2
+    python infra/conformance/imagenet_size.py --output infra/conformance/imagenet_size.json resnet50 mobilenet_v2
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
         rows.append(json.loads(completed.stdout.splitlines()[-1]))
         print(json.dumps(rows[-1]))
     content = {
-        "command": f"python infra/imagenet_size.py --output FILE {' '.join(arguments.networks)}",
+        "command": f"python infra/conformance/imagenet_size.py --output FILE {' '.join(arguments.networks)}",
         "images": IMAGES, "size": SIZE, "seed": SEED, "threads": THREADS,
         "versions": {"entprune": entprune.__version__, "torch": torch.__version__.split("+")[0],
                      "torchvision": torchvision.__version__.split("+")[0], "python": platform.python_version()},
