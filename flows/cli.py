@@ -18,6 +18,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flows.options import (
+    DataOption,
+    DataRootOption,
+    DeviceOption,
+    KeepOption,
+    MeanOption,
+    ModelOption,
+    SeedOption,
+    SourceArgument,
+    StdOption,
+    VerboseOption,
+    image_shape,
+    numbers,
+)
+
 if TYPE_CHECKING:
     from entprune.stages import Network
     from flows.tables import GroupRow
@@ -33,40 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        metavar="SPEC",
-        help="lenet, vgg16_cifar, resnet18_cifar, resnet20_cifar .. resnet56_cifar, digits_cnn, torchvision:NAME, or "
-        "package.module:factory.",
-    ),
-]
-DataOption = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="SPEC",
-        help="digits, mnist, fashion_mnist, cifar10, cifar100, npz:FILE, imagefolder:DIR, or package.module:factory.",
-    ),
-]
-SourceArgument = Annotated[
-    str, typer.Argument(metavar="DIR|models:/NAME@ALIAS", help="Folder of a run or model, or a registered version.")
-]
-DataRootOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Folder of mnist and the like, downloaded there if missing.")
-]
-MeanOption = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Mean per channel that the network was trained with.")
-]
-StdOption = Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation per channel, likewise.")]
-DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the heavy work runs.")]
-KeepOption = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Layers that must not change at all; may be repeated.")
-]
-SeedOption = Annotated[int, typer.Option(help="Of every random choice.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the engines' logs and full tracebacks.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,7 +174,7 @@ def prune(
     """
     options = {
         "model": model, "checkpoint": checkpoint, "data": data, "data_root": data_root,
-        "mean": _numbers("mean", mean), "std": _numbers("std", std), "max_accuracy_drop": max_accuracy_drop,
+        "mean": numbers("mean", mean), "std": numbers("std", std), "max_accuracy_drop": max_accuracy_drop,
         "parameters_removed": parameters_removed, "macs_removed": macs_removed, "finetune_epochs": finetune_epochs,
         "calibration_samples": calibration_samples, "validation_samples": validation_samples, "workers": workers,
         "gpus_per_worker": gpus_per_worker, "ray_address": ray_address, "device": device, "register": register,
@@ -300,7 +281,7 @@ def train(
             f"output '{output}': expected a name ending in .safetensors or .pt, got '{output.suffix}'."
         )
     check_output_file(output)
-    images = load_data(data, root=data_root, mean=_numbers("mean", mean), std=_numbers("std", std))
+    images = load_data(data, root=data_root, mean=numbers("mean", mean), std=numbers("std", std))
     network = build_model(model, num_classes=images.num_classes, input_shape=images.input_shape, seed=seed)
     with RichReporter() as reporter:
         result = train_network(
@@ -346,7 +327,7 @@ def evaluate(
     from flows.tables import evaluation_table
 
     network, card = load_network(source)
-    images = load_matching_data(data, data_root, _numbers("mean", mean), _numbers("std", std), card)
+    images = load_matching_data(data, data_root, numbers("mean", mean), numbers("std", std), card)
     measured = measure(network, images.test, images.input_shape, device=device)
     Console(highlight=False).print(
         evaluation_table(
@@ -398,7 +379,7 @@ def export(
     check_export_path(output)
     check_output_file(output)
     network, card = load_network(source)
-    shape = find_input_shape(source, card) if input_shape is None else _shape(input_shape)
+    shape = find_input_shape(source, card) if input_shape is None else image_shape(input_shape)
     exported = export_model(network, output, input_shape=shape, metadata={**card, "input_shape": shape})
     console = Console(highlight=False)
     for title, text in export_lines(exported, shape, card):
@@ -440,7 +421,7 @@ def inspect(
     from entprune.stages import analyse
     from flows.tables import group_table, unprunable_table
 
-    shape = _shape(input_shape) if input_shape is not None else _usual_shape(model)
+    shape = image_shape(input_shape) if input_shape is not None else _usual_shape(model)
     classes = num_classes or (1000 if model.startswith("torchvision:") else 10)
     network = build_model(model, num_classes=classes, input_shape=shape)
     if checkpoint is not None:
@@ -478,32 +459,6 @@ def _group_rows(network: Network) -> list[GroupRow]:
 def _usual_shape(model: str) -> tuple[int, int, int]:
     known = {"lenet": (1, 28, 28), "digits_cnn": (1, 8, 8)}
     return known.get(model, (3, 224, 224) if model.startswith("torchvision:") else (3, 32, 32))
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    """Read `0.49,0.48,0.45`."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected numbers such as 0.49,0.48,0.45, got '{text}'", param_hint=f"--{option}"
-        ) from None
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    """Read `3,224,224`."""
-    try:
-        channels, height, width = (int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected channels, height and width such as 3,224,224, got '{text}'", param_hint="--input-shape"
-        ) from None
-    return channels, height, width
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -96,21 +97,23 @@ def export_lines(
 
 
 def group_table(rows: Sequence[GroupRow]) -> Table:
-    """Channel groups in execution order."""
-    has_more_producers = any(len(row.producers) > 1 for row in rows)
+    """Channel groups in execution order, each with the layers that write and read it."""
     table = Table(title="Channel groups", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for title in ("group", *["also written by"] * has_more_producers, "read by"):
-        table.add_column(title, overflow="fold")
+    table.add_column("group", overflow="fold")
     for title in ("channels", "parameters", "MACs"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        others = ["\n".join(name for name in row.producers if name != row.name)] * has_more_producers
-        shares = (f"{row.parameters:.1%}", f"{row.macs:.1%}")
-        table.add_row(row.name, *others, "\n".join(row.consumers), str(row.channels), *shares)
+        others = [name for name in row.producers if name != row.name]
+        lines = [row.name, *_listed("also written by", others), *_listed("read by", row.consumers)]
+        table.add_row("\n".join(lines), str(row.channels), f"{row.parameters:.1%}", f"{row.macs:.1%}")
     table.caption = "Named after the first layer that writes it. Parameters, MACs: share\n"
     table.caption += "that scales with its width; neighbours overlap."
     table.caption_justify = "left"
     return table
+
+
+def _listed(title: str, layers: Sequence[str]) -> list[str]:
+    return [f"[dim]  {title} {escape(', '.join(layers))}[/dim]"] if layers else []
 
 
 def unprunable_table(entries: Sequence[tuple[str, str]]) -> Table:

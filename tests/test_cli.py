@@ -550,11 +550,22 @@ def test_export_of_a_registered_graph_needs_only_its_input_shape(
 def test_inspect_shows_groups_and_what_is_left_alone(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("inspect", "--model", "lenet") == 0
     shown = capsys.readouterr().out
-    rows = {line.split()[0]: line.split() for line in shown.splitlines() if len(line.split()) == 5}
-    assert rows["conv1"] == ["conv1", "conv2", "20", "5.9%", "82.3%"]
-    assert rows["fc1"][1:3] == ["fc2", "500"]
+    lines = [line.split() for line in shown.splitlines()]
+    start = lines.index(["conv1", "20", "5.9%", "82.3%"])
+    assert lines[start + 1] == ["read", "by", "conv2"]
+    assert ["read", "by", "fc2"] in lines
     assert "its outputs are the network's outputs" in shown
     assert run_cli("inspect", "--model", "digits_cnn", "--checkpoint", str(checkpoint)) == 0
+
+
+def test_inspect_lists_all_writers_of_a_stream_and_obeys_keep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("inspect", "--model", "resnet20_cifar", "--keep", "layer3*") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "layer2.0.conv2 is protected" not in shown
+    assert "layer3.0.conv1 layer3.0.conv1 is protected by --keep" in shown
+    assert run_cli("inspect", "--model", "resnet20_cifar") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "also written by layer1.0.conv2, layer1.1.conv2, layer1.2.conv2, layer2.0.conv2" in shown
 
 
 def test_inspect_fails_where_nothing_can_be_pruned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,8 +68,8 @@ def imagenet_section() -> list[str]:
             "assemble, s", "total, s", "peak memory, GiB")  # fmt: skip
     text = (
         f"\n## A real one-shot prune at ImageNet size\n\n`{content['command']}`: random weights, {content['images']} "
-        f"random images of {content['size']} x {content['size']}, {content['threads']} threads, in process, half of the "
-        "parameters to go. Moments, paths and the refit of every layer, no selector.\n"
+        f"random images of {content['size']} x {content['size']}, {content['threads']} threads, in process, half of "
+        "the parameters to go. Moments, paths and the refit of every layer, no selector.\n"
     )
     return [
         text,
@@ -82,7 +82,8 @@ def imagenet_row(row: dict[str, Any]) -> Sequence[str]:
     stages = [f"{row['seconds_per_stage'][stage]:.0f}" for stage in ("calibrate", "solve", "search")]
     return (
         row["network"], str(row["groups"]), f"{row['parameters_removed']:.1%}", f"{row['macs_removed']:.1%}",
-        f"{row['certificate']['max_abs_difference']:.0e}", *stages, f"{row['seconds']:.0f}", f"{row['peak_memory_gib']:.1f}",
+        f"{row['certificate']['max_abs_difference']:.0e}", *stages, f"{row['seconds']:.0f}",
+        f"{row['peak_memory_gib']:.1f}",
     )  # fmt: skip
 
 
