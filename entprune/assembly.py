@@ -23,9 +23,19 @@ from entprune.calibration import SamplingPlan, Statistics
 from entprune.evaluation import ImageSplit
 from entprune.groups import ChannelGroups, shared_layers
 from entprune.layers import LayerSelection, input_width, is_dense, narrow_layers
-from entprune.moments import GramSum, Moments, ProductSum, count_positions, draw_positions, feature_count, read_rows
+from entprune.moments import (
+    GramSum,
+    Moments,
+    ProductSum,
+    count_positions,
+    draw_positions,
+    feature_count,
+    read_outputs,
+    read_rows,
+)
 from entprune.plan import PruningPlan, select_layers
 from entprune.repeated import refit_repeated
+from entprune.residuals import Residual, inverse_gain
 from entprune.ridge import row_kernel
 from entprune.tracing import called_modules, trace
 
@@ -53,12 +63,14 @@ class RefitData:
         split, indices: the images, in the order in which the statistics were collected.
         statistics: answers per layer from :func:`entprune.calibration.collect_statistics`; moments are not needed.
         sampling: the sampling plan of those statistics.
+        residuals: layers whose answers include the dense summand of a residual addition, in the layer's own units.
     """
 
     split: ImageSplit
     indices: np.ndarray
     statistics: Statistics
     sampling: SamplingPlan
+    residuals: tuple[Residual, ...] = ()
 
 
 def slice_network(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:
@@ -144,6 +156,9 @@ class _RefitWalk:
         self._selection, self._statistics, self._sampling = selection, data.statistics, data.sampling
         self._data, self._config, self._device = data, config, device
         self._changed = False
+        by_name = {node.name: node for node in graph.nodes}
+        self._residuals = {entry.layer: (entry, by_name[entry.other]) for entry in data.residuals}
+        self._settled: set[str] = set()  # BatchNorms whose statistics follow from a corrected refit
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
         """Walk the graph; activations of all batches are held until their last use."""
@@ -167,7 +182,8 @@ class _RefitWalk:
         if node.op == "get_attr":
             return [_attribute(self._smaller, str(node.target))] * len(batches)
         if node.op == "call_module":
-            self._visit(str(node.target), [self._argument(node.args[0], values, b) for b in range(len(batches))])
+            inputs = [self._argument(node.args[0], values, batch) for batch in range(len(batches))]
+            self._visit(str(node.target), inputs, values)
         return [self._call(node, values, batch) for batch in range(len(batches))]
 
     def _call(self, node: fx.Node, values: dict[fx.Node, list[Any]], batch: int) -> Any:
@@ -183,7 +199,7 @@ class _RefitWalk:
     def _argument(argument: Any, values: dict[fx.Node, list[Any]], batch: int) -> Any:
         return fx.node.map_arg(argument, lambda used: values[used][batch])
 
-    def _visit(self, name: str, inputs: list[Any]) -> None:
+    def _visit(self, name: str, inputs: list[Any], values: dict[fx.Node, list[Any]]) -> None:
         """Re-estimate one module before it is run."""
         layer = self._smaller.get_submodule(name)
         entry = self._selection.get(name, LayerSelection())
@@ -191,12 +207,30 @@ class _RefitWalk:
             self._changed = True
         if not self._changed or name not in self._may_change:
             return
-        if isinstance(layer, _BATCH_NORM) and self._config.reestimate_batchnorm:
+        if isinstance(layer, _BATCH_NORM) and self._config.reestimate_batchnorm and name not in self._settled:
             _reestimate_batchnorm(layer, inputs)
         elif isinstance(layer, (nn.Conv2d, nn.Linear)) and name in self._statistics:
-            self._refit(name, layer, entry, inputs)
+            residual, other = self._residuals.get(name, (None, None))
+            bias = self._refit(name, layer, entry, inputs, None if other is None else values[other])
+            if residual is not None and residual.norm is not None:
+                self._settle(residual.norm, layer, bias)
 
-    def _refit(self, name: str, layer: nn.Conv2d | nn.Linear, entry: LayerSelection, inputs: list[Tensor]) -> None:
+    def _settle(self, name: str, layer: nn.Conv2d | nn.Linear, bias: Tensor) -> None:
+        """A corrected layer answers in the dense network's units: its BatchNorm only takes the intercept."""
+        norm = self._smaller.get_submodule(name)
+        if isinstance(norm, _BATCH_NORM) and norm.running_mean is not None and layer.bias is None:
+            norm.running_mean.sub_(bias)
+        self._settled.add(name)
+
+    def _refit(
+        self,
+        name: str,
+        layer: nn.Conv2d | nn.Linear,
+        entry: LayerSelection,
+        inputs: list[Tensor],
+        summands: list[Tensor] | None,
+    ) -> Tensor:
+        """Solve for the layer's weights; return the intercept (m,)."""
         outputs = self._statistics[name].outputs
         kept = slice(None) if entry.outputs is None else entry.outputs
         intercept = layer.bias is not None or self._feeds_batchnorm(name)
@@ -207,11 +241,17 @@ class _RefitWalk:
             rows = read_rows(layer, value, positions)
             answers = torch.from_numpy(outputs[row : row + len(rows)][:, kept]).to(self._device)
             row += len(rows)
+            if summands is not None:
+                answers = answers - read_outputs(layer, summands[batch], positions) * self._inverse_gain(name, kept)
             fit.update(rows, answers)
         weight, bias = fit.solve(layer.weight.flatten(1), self._config.relative_ridge)
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(bias)
+        return bias
+
+    def _inverse_gain(self, name: str, kept: np.ndarray | slice) -> Tensor:
+        return inverse_gain(self._dense, self._residuals[name][0])[kept].to(self._device)
 
     def _feeds_batchnorm(self, name: str) -> bool:
         """Whether a shift of the layer's output is absorbed by a BatchNorm whose mean is re-estimated."""

@@ -5,14 +5,15 @@ Axes: n images, t sampled rows, d features, m outputs.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from entprune.errors import DataError
 from entprune.evaluation import ImageSplit
@@ -28,6 +29,7 @@ from entprune.moments import (
     read_outputs,
     read_rows,
 )
+from entprune.residuals import ResidualGraph, inverse_gain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,8 @@ class LayerStatistics:
     Attributes:
         moments: of its sampled input rows, or these rows where they are fewer than the features; None where only the
             answers are needed.
-        outputs: (t, m) float32 dense answers at the same rows, in image order.
+        outputs: (t, m) float32 dense answers at the same rows, in image order; where a residual addition follows, plus
+            what is added there, in the layer's own units.
     """
 
     moments: InputMoments | None
@@ -85,6 +88,7 @@ def collect_statistics(
     sampling: SamplingPlan,
     first_image: int = 0,
     device: str = "cpu",
+    residuals: ResidualGraph | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Run one shard of the calibration images through the dense network.
@@ -97,6 +101,7 @@ def collect_statistics(
         others: layers of which only the answers are wanted.
         sampling: rows per layer.
         first_image: number of the shard's first image, a multiple of the batch size.
+        residuals: layers followed by a residual addition, and where in the network's operations.
         progress: called with (images done, images in the shard).
 
     Raises:
@@ -105,10 +110,11 @@ def collect_statistics(
     if first_image % sampling.batch_size:
         raise DataError(f"expected a shard that starts at a multiple of {sampling.batch_size}, got {first_image}.")
     collector = _Collector(model, consumers, others, sampling, device)
+    run = model if residuals is None or not residuals.layers else _SummandRun(model, residuals, collector).run
     with torch.inference_mode(), collector:
         for start in range(0, len(indices), sampling.batch_size):
             collector.batch = (first_image + start) // sampling.batch_size
-            output = model(split.batch(indices[start : start + sampling.batch_size]).to(device))
+            output = run(split.batch(indices[start : start + sampling.batch_size]).to(device))
             if not bool(torch.isfinite(output).all()):
                 raise DataError(
                     "expected finite network outputs on the calibration images, got NaN or infinity; "
@@ -156,6 +162,32 @@ class ShardSum:
         return self._total
 
 
+class _SummandRun(fx.Interpreter):
+    """Runs the network operation by operation, and hands the collector what will be added to a layer's output."""
+
+    def __init__(self, model: nn.Module, residuals: ResidualGraph, collector: _Collector) -> None:
+        super().__init__(fx.GraphModule(model, copy.deepcopy(residuals.graph)))
+        nodes = {node.name: node for node in self.module.graph.nodes}  # type: ignore[union-attr]
+        self._others = {entry.layer: nodes[entry.other] for entry in residuals.layers}
+        self._gains = {
+            entry.layer: _along_channels(model.get_submodule(entry.layer), inverse_gain(model, entry))
+            for entry in residuals.layers
+        }
+        self._collector = collector
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation."""
+        layer = str(n.target)
+        if n.op == "call_module" and layer in self._others:
+            self._collector.summand = self.env[self._others[layer]] * self._gains[layer]
+        return super().run_node(n)
+
+
+def _along_channels(layer: nn.Module, values: Tensor) -> Tensor:
+    """(m,) values in the shape that multiplies the layer's outputs."""
+    return values.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else values
+
+
 class _Collector:
     """Hooks that sample rows of every wanted layer while the network runs."""
 
@@ -169,6 +201,7 @@ class _Collector:
         self._accumulators: dict[str, MomentAccumulator | RowAccumulator] = {}  # made when the positions are known
         self._outputs: dict[str, list[Tensor]] = {name: [] for name in self._layers}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.summand: Tensor | None = None  # of the layer that runs next, in its own units, (n, m, h, w) or (n, ..., m)
 
     def __enter__(self) -> Self:
         for name, layer in self._layers.items():
@@ -188,7 +221,10 @@ class _Collector:
                 len(output), num_positions,
                 per_image=per_image, seed=self._sampling.seed, name=name, batch=self.batch,
             )  # fmt: skip
-            self._outputs[name].append(read_outputs(layer, output, positions).cpu().clone())
+            answers = read_outputs(layer, output, positions)
+            if self.summand is not None:
+                answers, self.summand = answers + read_outputs(layer, self.summand, positions), None
+            self._outputs[name].append(answers.cpu().clone())
             if name in self._consumers:
                 self._accumulator(name, num_positions).update(read_rows(layer, inputs[0], positions))
 

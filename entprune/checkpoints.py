@@ -77,8 +77,9 @@ def load_plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         RuntimeError: names or shapes do not fit.
     """
-    versioned = OrderedDict(state)
-    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]  # noqa: SLF001 -- where torch keeps them
+    versioned, present = OrderedDict(state), model.state_dict()
+    if state.keys() == present.keys():  # old files lack counters, which torch forgives where no version is given
+        versioned._metadata = getattr(present, "_metadata", None)  # type: ignore[attr-defined]  # noqa: SLF001 -- its place
     model.load_state_dict(versioned, strict=True)
 
 

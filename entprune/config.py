@@ -80,6 +80,7 @@ class PruneConfig:
         round_to: widths of layers are multiples of this, dense ones excepted.
         keep: shell patterns of layers that must not change.
         relative_ridge, reestimate_batchnorm: see RefitConfig.
+        correct_residuals: let the last layer of a residual branch make up for the error of the stream it is added to.
         drop_estimate: how the drop on new images is estimated: "labels", "posterior" or "blend" (entprune.selection).
         confidence: one-sided probability with which the accuracy budget shall hold on unseen data of the
             validation's kind.
@@ -108,6 +109,7 @@ class PruneConfig:
     keep: tuple[str, ...] = ()
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
+    correct_residuals: bool = True
     drop_estimate: DropEstimate = "posterior"
     confidence: float = 0.95
     candidates_per_round: int = 2

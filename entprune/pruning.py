@@ -243,6 +243,7 @@ def candidate_job(
             indices=images.indices,
             statistics=answers_only(statistics, network),
             sampling=sampling_plan(config, len(images)),
+            residuals=network.residuals,
         ),
         refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),
         validation=validation,

@@ -36,6 +36,7 @@ from entprune.moments import RowMoments
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
 from entprune.plan import PruningPlan, consumer_features
 from entprune.regression import GroupProblem, build_problem
+from entprune.residuals import Residual, ResidualGraph, find_residuals
 from entprune.runner import Runner, Work
 from entprune.selection import DenseReference, StopRule
 from entprune.tracing import trace
@@ -54,6 +55,7 @@ class Network:
         refit_layers: layers that assembly re-estimates, in execution order.
         cost: its size for any widths.
         input_shape: (C, H, W).
+        residuals: layers whose refit makes up for errors that a residual stream carries.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Network:
     refit_layers: tuple[str, ...]
     cost: CostModel
     input_shape: tuple[int, int, int]
+    residuals: tuple[Residual, ...] = ()
 
     def consumers(self) -> tuple[str, ...]:
         """Layers that read a prunable group, in execution order."""
@@ -95,11 +98,14 @@ def analyse(model: nn.Module, input_shape: tuple[int, int, int], config: PruneCo
         listed = "; ".join(f"{entry.layer}: {entry.reason}" for entry in groups.unprunable[:4])
         reasons = listed or "it has no dense layers"
         raise ModelError(f"nothing in this network can be pruned ({reasons}); see `entprune inspect`.")
+    graph = copy.deepcopy(trace(dense).graph)  # a copy does not hold on to the network
+    layers = dense_layers(dense, groups.protected)
     return Network(
         model=dense,
-        graph=copy.deepcopy(trace(dense).graph),  # a copy does not hold on to the network
+        graph=graph,
         groups=groups,
-        refit_layers=dense_layers(dense, groups.protected),
+        refit_layers=layers,
+        residuals=find_residuals(graph, dense, layers, groups.protected) if config.correct_residuals else (),
         cost=build_cost_model(dense, groups, input_shape),
         input_shape=input_shape,
     )
@@ -168,6 +174,7 @@ def calibrate_shard(job: CalibrationJob, shard: tuple[int, int]) -> dict[str, La
         sampling=job.sampling,
         first_image=start,
         device=job.device,
+        residuals=ResidualGraph(job.network.graph, job.network.residuals),
     )
 
 

@@ -23,10 +23,10 @@ from entprune.tracing import trace
 
 # Raised whenever a stage would give other results on the same inputs: entries of older code are then not found.
 STAGE_VERSIONS = {
-    "answers": 2,
+    "answers": 3,
     "moments": 2,
     "paths": 3,
-    "candidates": 3,
+    "candidates": 4,
     "logits": 1,
     "finetuned": 1,
 }
@@ -50,7 +50,7 @@ class StageKeys:
 
     def answers(self, layers: tuple[str, ...]) -> str:
         """Dense answers of some layers."""
-        return content_key("answers", {**self._statistics(), "layers": list(layers)})
+        return content_key("answers", {**self._statistics(), "layers": list(layers), **self._residuals()})
 
     def moments(self, layers: tuple[str, ...]) -> str:
         """Moments of what some layers read."""
@@ -65,6 +65,7 @@ class StageKeys:
         refit = {
             "relative_ridge": self.config.relative_ridge,
             "reestimate_batchnorm": self.config.reestimate_batchnorm,
+            **self._residuals(),
         }
         inputs = {**self._statistics(), "plan": plan.digest(), "refit": refit, "validation": self.validation}
         return content_key("candidates", inputs)
@@ -77,6 +78,9 @@ class StageKeys:
         """Weights after fine-tuning."""
         inputs = {"student": hash_network(model), "teacher": self.network, "finetune": asdict(config), "train": train}
         return content_key("finetuned", inputs)
+
+    def _residuals(self) -> dict[str, Any]:
+        return {"correct_residuals": self.config.correct_residuals, "protected": sorted(self.config.keep)}
 
     def _numerics(self) -> dict[str, Any]:
         return {"device": self.config.device.partition(":")[0], "threads": self.config.threads}

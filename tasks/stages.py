@@ -285,6 +285,7 @@ def _candidate_job(work: Workload, statistics: Statistics, reference: DenseRefer
             indices=images.indices,
             statistics=answers_only(statistics, work.network),
             sampling=sampling_plan(config, len(images)),
+            residuals=work.network.residuals,
         ),
         refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),
         validation=work.validation,
