@@ -88,6 +88,7 @@ def build_problem(
     name: str,
     num_channels: int,
     consumers: Mapping[str, tuple[np.ndarray | RowMoments, np.ndarray, np.ndarray]],
+    variances: Mapping[str, float] | None = None,
 ) -> GroupProblem:
     """Scale and reorder the regressions of one group.
 
@@ -97,23 +98,28 @@ def build_problem(
         consumers: per layer the covariance (d, d) or the rows (t, d), the dense weight (m, d), and the features of each
             channel (c, b); features of other groups stay as they are, and the output variance is that of the whole
             layer.
+        variances: what a layer's errors are measured against, where it is not the variance of its outputs: that of the
+            sum for the last layer of a residual branch.
 
     Returns:
         The problem in scaled float32 units.
     """
+    known = variances or {}
     return GroupProblem(
         name=name,
         num_channels=num_channels,
         consumers=tuple(
-            _scaled_rows(layer, inputs, weight, features)
+            _scaled_rows(layer, inputs, weight, features, known.get(layer))
             if isinstance(inputs, RowMoments)
-            else _scaled_consumer(layer, inputs, weight, features)
+            else _scaled_consumer(layer, inputs, weight, features, known.get(layer))
             for layer, (inputs, weight, features) in consumers.items()
         ),
     )
 
 
-def _scaled_consumer(layer: str, covariance: np.ndarray, weight: np.ndarray, features: np.ndarray) -> ConsumerProblem:
+def _scaled_consumer(
+    layer: str, covariance: np.ndarray, weight: np.ndarray, features: np.ndarray, variance: float | None
+) -> ConsumerProblem:
     order = features.ravel()
     gram = torch.from_numpy(np.ascontiguousarray(covariance[np.ix_(order, order)]))
     matrix = torch.from_numpy(np.ascontiguousarray(weight[:, order])).to(gram.dtype)
@@ -121,21 +127,21 @@ def _scaled_consumer(layer: str, covariance: np.ndarray, weight: np.ndarray, fea
     scale = _feature_scale(gram.diagonal(), block)
     gram = gram / torch.outer(scale, scale)
     matrix = matrix * scale
-    variance = _output_variance(weight, covariance)
+    variance = variance or _output_variance(weight, covariance)
     if variance > 0:
         matrix = matrix / variance**0.5
     return ConsumerProblem(layer=layer, gram=gram.float().numpy(), weight=matrix.float().numpy(), block=block)
 
 
 def _scaled_rows(
-    layer: str, moments: RowMoments, weight: np.ndarray, features: np.ndarray
+    layer: str, moments: RowMoments, weight: np.ndarray, features: np.ndarray, variance: float | None
 ) -> ConsumerProblem | RowProblem:
     """The same from rows (t, d); a Gram matrix if the group's own features are no more than the rows."""
     order, block = features.ravel(), features.shape[1]
     whole, weight = moments.factor(), weight.astype(np.float32, copy=False)
     factor, matrix = whole[:, order], weight[:, order]  # indexing copies
     scale = _feature_scale(torch.from_numpy(np.einsum("td,td->d", factor, factor, dtype=np.float64)), block).numpy()
-    variance = _row_output_variance(weight, whole)
+    variance = variance or _row_output_variance(weight, whole)
     factor /= scale.astype(np.float32)
     matrix *= (scale / variance**0.5 if variance > 0 else scale).astype(np.float32)
     if len(order) > moments.count:

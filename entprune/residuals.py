@@ -82,9 +82,9 @@ def find_residuals(
 
 def _known_before(end: fx.Node, other: fx.Node, graph: fx.Graph, model: nn.Module) -> fx.Node | None:
     """The summand, if it can be had before the layer runs."""
-    while _is_module(other, model, _IDENTITIES):
-        other = other.all_input_nodes[0]
     position = {node: number for number, node in enumerate(graph.nodes)}
+    while position[other] > position[end] and _is_module(other, model, _IDENTITIES):
+        other = other.all_input_nodes[0]  # still held, since the identity reads it later
     if position[other] < position[end]:
         return other
     is_free = _is_module(other, model, (nn.Module,)) and not list(model.get_submodule(str(other.target)).parameters())
@@ -113,16 +113,31 @@ def _last_layer(node: fx.Node, model: nn.Module, once: Collection[str]) -> tuple
     return None, None
 
 
+def find_norms(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
+    """BatchNorm that alone reads a dense layer, by that layer's name."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        users = list(node.users)
+        if _is_module(node, model, (nn.Conv2d, nn.Linear)) and len(users) == 1 and _is_module(users[0], model, _NORMS):
+            found[str(node.target)] = str(users[0].target)
+    return found
+
+
+def norm_gain(norm: nn.Module) -> Tensor | None:
+    """(m,) factor by which a BatchNorm multiplies each channel in eval mode, None if it keeps no statistics."""
+    if not isinstance(norm, _NORMS) or norm.running_var is None:
+        return None
+    gain = (norm.running_var + norm.eps).rsqrt()
+    return gain * norm.weight.detach() if norm.affine else gain
+
+
 def inverse_gain(model: nn.Module, residual: Residual) -> Tensor:
     """(m,) factor from the sum's units to the layer's outputs, 0 where the normalisation hardly lets them through."""
     layer = model.get_submodule(residual.layer)
     if residual.norm is None:
         return torch.ones(len(layer.get_parameter("weight")))
-    norm = model.get_submodule(residual.norm)
-    if not isinstance(norm, _NORMS) or norm.running_var is None:
+    gain = norm_gain(model.get_submodule(residual.norm))
+    if gain is None:
         return torch.zeros(len(layer.get_parameter("weight")))
-    gain = (norm.running_var + norm.eps).rsqrt()
-    if norm.affine:
-        gain = gain * norm.weight.detach()
     is_open = gain.abs() > _SCALE_FLOOR * gain.abs().max()
     return torch.where(is_open, 1.0 / torch.where(is_open, gain, 1.0), 0.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -36,7 +36,7 @@ from entprune.moments import RowMoments
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
 from entprune.plan import PruningPlan, consumer_features
 from entprune.regression import GroupProblem, build_problem
-from entprune.residuals import Residual, ResidualGraph, find_residuals
+from entprune.residuals import Residual, ResidualGraph, find_norms, find_residuals, norm_gain
 from entprune.runner import Runner, Work
 from entprune.selection import DenseReference, StopRule
 from entprune.tracing import trace
@@ -56,6 +56,7 @@ class Network:
         cost: its size for any widths.
         input_shape: (C, H, W).
         residuals: layers whose refit makes up for errors that a residual stream carries.
+        norms: BatchNorm that alone reads a dense layer, by that layer's name.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Network:
     cost: CostModel
     input_shape: tuple[int, int, int]
     residuals: tuple[Residual, ...] = ()
+    norms: Mapping[str, str] = field(default_factory=dict)
 
     def consumers(self) -> tuple[str, ...]:
         """Layers that read a prunable group, in execution order."""
@@ -106,6 +108,7 @@ def analyse(model: nn.Module, input_shape: tuple[int, int, int], config: PruneCo
         groups=groups,
         refit_layers=layers,
         residuals=find_residuals(graph, dense, layers, groups.protected) if config.correct_residuals else (),
+        norms=find_norms(graph, dense),
         cost=build_cost_model(dense, groups, input_shape),
         input_shape=input_shape,
     )
@@ -190,19 +193,36 @@ class SolveJob:
 
 
 def group_problem(network: Network, group: ChannelGroup, statistics: Statistics) -> GroupProblem:
-    """The scaled regressions of one group."""
+    """The scaled regressions of one group.
+
+    Outputs count as much as the BatchNorm behind them lets through, and the errors of a residual branch are measured
+    against the sum that it is added to: a small branch may err more than the stream.
+    """
     consumers: dict[str, tuple[np.ndarray | RowMoments, np.ndarray, np.ndarray]] = {}
+    variances: dict[str, float] = {}
+    branches = {entry.layer for entry in network.residuals}
     for piece in group.consumers:
-        moments = statistics[piece.layer].moments
-        layer = network.model.get_submodule(piece.layer)
-        if moments is None:
+        entry, layer = statistics[piece.layer], network.model.get_submodule(piece.layer)
+        if entry.moments is None:
             raise ModelError(
                 f"layer {piece.layer!r}: expected moments of its inputs, got none; calibrate it as a consumer."
             )
-        weight = layer.weight.detach().flatten(1).numpy()  # type: ignore[operator]
-        inputs = moments if isinstance(moments, RowMoments) else moments.covariance()
+        gain = _output_gain(network, piece.layer)
+        weight = layer.get_parameter("weight").detach().flatten(1).numpy() * gain[:, None]
+        inputs = entry.moments if isinstance(entry.moments, RowMoments) else entry.moments.covariance()
         consumers[piece.layer] = (inputs, weight, consumer_features(layer, piece))
-    return build_problem(group.name, group.num_channels, consumers)
+        if piece.layer in branches:
+            variances[piece.layer] = float((gain**2 * entry.outputs.var(0, dtype=np.float64)).sum())
+    return build_problem(group.name, group.num_channels, consumers, variances)
+
+
+def _output_gain(network: Network, layer: str) -> np.ndarray:
+    """(m,) float32 magnitude with which each output goes on."""
+    norm = network.norms.get(layer)
+    gain = None if norm is None else norm_gain(network.model.get_submodule(norm))
+    if gain is None:
+        return np.ones(len(network.model.get_submodule(layer).get_parameter("weight")), dtype=np.float32)
+    return np.asarray(np.abs(gain.numpy()))
 
 
 def solve_group(job: SolveJob, setting: PathSetting) -> SettingPath:

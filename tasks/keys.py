@@ -25,7 +25,7 @@ from entprune.tracing import trace
 STAGE_VERSIONS = {
     "answers": 3,
     "moments": 2,
-    "paths": 3,
+    "paths": 4,
     "candidates": 4,
     "logits": 1,
     "finetuned": 1,
@@ -58,7 +58,8 @@ class StageKeys:
 
     def path(self, group: ChannelGroup, setting: PathSetting) -> str:
         """One continuation of one group; other groups do not matter."""
-        return content_key("paths", {**self._statistics(), "group": hash_group(group), "setting": setting.to_dict()})
+        inputs = {"group": hash_group(group), "setting": setting.to_dict(), **self._residuals()}
+        return content_key("paths", {**self._statistics(), **inputs})
 
     def candidate(self, plan: PruningPlan) -> str:
         """One assembled network with its predictions; the budget does not matter."""

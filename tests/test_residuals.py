@@ -17,7 +17,7 @@ from entprune.plan import GroupPlan, PruningPlan
 from entprune.pruning import as_split, whole_split
 from entprune.residuals import find_residuals, inverse_gain
 from entprune.runner import InProcessRunner
-from entprune.stages import analyse, answers_only, calibrate, sampling_plan
+from entprune.stages import analyse, answers_only, calibrate, group_problem, sampling_plan
 from entprune.tracing import trace
 from tests.micro_networks import IMAGE_SHAPE, Bottleneck, Concat, Residual, random_split, warm_up
 
@@ -51,6 +51,17 @@ def test_padded_shortcuts_and_identities_are_had_before_the_branch_ends() -> Non
     others = {layer: other for layer, _, other in found}
     assert others["layer1.1.conv2"] == "layer1_0_relu2"
     assert others["layer2.0.conv2"] == "layer2_0_shortcut"
+
+
+def test_summand_behind_an_identity_that_ran_before_is_still_held() -> None:
+    """ResNet-18 for small images has an identity in the place of its pooling; what lies behind it is gone by then."""
+    found = residuals_of(build_model("resnet18_cifar", num_classes=10, input_shape=(3, 32, 32)).eval())
+    assert found[0] == ("layer1.0.conv2", "layer1.0.bn2", "maxpool")
+    assert found[2] == ("layer2.0.downsample.0", "layer2.0.downsample.1", "layer2_0_bn2")
+    model = build_model("resnet18_cifar", num_classes=10, input_shape=(3, 32, 32)).eval()
+    network = analyse(model, (3, 32, 32), CONFIG)
+    chosen = whole_split(as_split(torch.randn(8, 3, 32, 32)), None)
+    assert set(calibrate(network, chosen, CONFIG, InProcessRunner())) >= {entry.layer for entry in network.residuals}
 
 
 def test_protected_normalisation_is_not_touched() -> None:
@@ -151,3 +162,41 @@ def test_answers_of_an_unpruned_network_stay_its_own() -> None:
     stream = inputs["<conv1"] * inverse_gain(model, network.residuals[0]).reshape(-1, 1, 1)
     expected = (inputs["conv2"] + stream).flatten(2).transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(torch.from_numpy(statistics["conv2"].outputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def solved_inputs(model: nn.Module, name: str) -> tuple[Any, Any, Any]:
+    network = analyse(model, IMAGE_SHAPE, CONFIG)
+    chosen = whole_split(random_split(NUM_IMAGES), None)
+    statistics = calibrate(network, chosen, CONFIG, InProcessRunner())
+    return network, statistics, group_problem(network, network.groups.named(name), statistics)
+
+
+def explained(consumer: Any) -> float:
+    return float(np.trace(consumer.weight @ consumer.gram @ consumer.weight.T))
+
+
+def test_errors_of_a_branch_are_measured_against_the_sum() -> None:
+    model: Any = warm_up(Residual())
+    with torch.no_grad():
+        model.bn2.weight.mul_(0.1)  # a branch that hardly changes its stream
+    network, statistics, problem = solved_inputs(model, "conv1")
+    (consumer,) = problem.consumers
+    gain = model.bn2.weight.detach() * (model.bn2.running_var + model.bn2.eps).rsqrt()
+    with torch.inference_mode():
+        images = random_split(NUM_IMAGES).batch(np.arange(NUM_IMAGES))
+        stream = torch.relu(model.bn0(model.stem(images)))
+        branch = model.conv2(torch.relu(model.bn1(model.conv1(stream)))) * gain.reshape(-1, 1, 1)
+    share = branch.var((0, 2, 3), correction=0).sum() / (branch + stream).var((0, 2, 3), correction=0).sum()
+    assert share < 0.1
+    assert explained(consumer) == pytest.approx(float(share), rel=0.02)
+
+
+def test_outputs_count_as_much_as_their_normalisation_lets_through() -> None:
+    model: Any = warm_up(Residual())
+    with torch.no_grad():
+        model.bn1.weight.copy_(torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))
+    _, _, problem = solved_inputs(model, "stem")
+    consumer = next(entry for entry in problem.consumers if entry.layer == "conv1")
+    assert np.abs(consumer.weight[2]).max() == 0.0
+    assert np.abs(consumer.weight[1]).max() > 0.0
+    assert explained(consumer) == pytest.approx(1.0, abs=1e-3)

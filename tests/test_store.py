@@ -191,8 +191,8 @@ STATISTICS = {"answers", "moments", "path", "candidate"}
         ({"config": PruneConfig(min_rows=9)}, STATISTICS),
         ({"config": PruneConfig(threads=2)}, STATISTICS | {"logits"}),
         ({"config": PruneConfig(relative_ridge=0.1)}, {"candidate"}),
-        ({"config": PruneConfig(correct_residuals=False)}, {"answers", "candidate"}),
-        ({"config": PruneConfig(keep=("conv1",))}, {"answers", "candidate"}),
+        ({"config": PruneConfig(correct_residuals=False)}, {"answers", "path", "candidate"}),
+        ({"config": PruneConfig(keep=("conv1",))}, {"answers", "path", "candidate"}),
         ({"config": PruneConfig(max_rounds=9, confidence=0.9, minimum_channels=2)}, set()),
     ],
 )
