@@ -85,7 +85,7 @@ class PruneConfig:
         confidence: one-sided probability with which the accuracy budget shall hold on unseen data of the
             validation's kind.
         candidates_per_round, max_rounds, resolution: search; it stops when neighbouring sizes differ by less than
-            the factor.
+            the factor, and what is removed by less than a quarter.
         certificate_tolerance: allowed relative difference.
         threads: torch threads per worker; fixed, so that the plan does not depend on the machine's load.
         seed: of every random choice.
@@ -113,7 +113,7 @@ class PruneConfig:
     drop_estimate: DropEstimate = "posterior"
     confidence: float = 0.95
     candidates_per_round: int = 2
-    max_rounds: int = 4
+    max_rounds: int = 6
     resolution: float = 1.08
     certificate_tolerance: float = 1e-4
     threads: int = 1

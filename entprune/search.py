@@ -21,6 +21,7 @@ from entprune.runner import Runner, Work
 from entprune.stages import CandidateJob, CandidateScore, score_candidate
 
 _SMALLEST_FRACTION = 0.02
+_REMOVED_RESOLUTION = 1.25  # factor between the removed fractions of neighbouring sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -260,7 +261,7 @@ def _by_accuracy(
     bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
     for number in range(1, config.max_rounds + 1):
-        if number > 1 and bracket.high / bracket.low <= config.resolution * 1.001:
+        if number > 1 and bracket.is_narrow(config.resolution):
             break
         inner = bracket.next_fractions(config)
         plans = [plan_for_widths(paths, allocate(problem, float(fraction))) for fraction in inner]
@@ -290,6 +291,12 @@ class _Bracket:
     high: float
     excess_low: float | None = None
     excess_high: float | None = None
+
+    def is_narrow(self, resolution: float) -> bool:
+        """Whether both what is kept and what is removed are known well enough; the latter counts where little goes."""
+        if self.high / self.low > resolution * 1.001:
+            return False
+        return self.high < 1.0 and (1.0 - self.low) / (1.0 - self.high) <= _REMOVED_RESOLUTION
 
     def next_fractions(self, config: PruneConfig) -> np.ndarray:
         """Fractions to try next, ascending, inside the bracket.

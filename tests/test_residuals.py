@@ -179,7 +179,7 @@ def test_errors_of_a_branch_are_measured_against_the_sum() -> None:
     model: Any = warm_up(Residual())
     with torch.no_grad():
         model.bn2.weight.mul_(0.1)  # a branch that hardly changes its stream
-    network, statistics, problem = solved_inputs(model, "conv1")
+    _, _, problem = solved_inputs(model, "conv1")
     (consumer,) = problem.consumers
     gain = model.bn2.weight.detach() * (model.bn2.running_var + model.bn2.eps).rsqrt()
     with torch.inference_mode():

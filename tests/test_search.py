@@ -17,7 +17,7 @@ from entprune.errors import ConfigError
 from entprune.path import PathSetting, SettingPath, SparsityPath
 from entprune.plan import PruningPlan
 from entprune.runner import OnResult, Work
-from entprune.search import SearchResult, search
+from entprune.search import SearchResult, _Bracket, search
 from entprune.selection import DenseReference, StopRule
 from entprune.stages import CandidateJob, CandidateScore
 
@@ -278,3 +278,17 @@ def test_unreachable_size_budget_is_explained() -> None:
             CONFIG,
             Scorer(lambda _: 0.0),
         )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "narrow"),
+    [
+        (0.100, 0.105, True),
+        (0.100, 0.120, False),  # a fifth more is kept
+        (0.900, 0.945, False),  # hardly more is kept, but half as much removed
+        (0.900, 0.910, True),
+        (0.980, 1.000, False),  # nothing was accepted yet
+    ],
+)
+def test_search_ends_when_kept_and_removed_are_both_known(low: float, high: float, narrow: bool) -> None:
+    assert _Bracket(low=low, high=high).is_narrow(1.08) is narrow
