@@ -227,6 +227,32 @@ def test_size_budget_needs_no_labels_and_is_respected(trained: Trained, kind: st
 PIXELS = np.zeros((4, 1, 8, 8), dtype=np.float32)
 
 
+def test_protected_layers_keep_their_bits_though_everything_before_them_changes(trained: Trained) -> None:
+    config = PruneConfig(keep=("fc1",), min_rows=500, calibration_samples=256)
+    found = prune(trained.model, trained.calibration, budget=Budget(parameters_removed=0.02), config=config)
+    before, after = trained.model.state_dict(), found.model.state_dict()
+    assert torch.equal(before["fc1.weight"], after["fc1.weight"])
+    assert torch.equal(before["fc1.bias"], after["fc1.bias"])
+    assert before["conv2.weight"].shape[1] > after["conv2.weight"].shape[1]
+    assert [group.name for group in found.plan.groups] == ["conv1"]
+    with pytest.raises(ModelError, match="nothing in this network can be pruned"):
+        prune(
+            trained.model,
+            trained.calibration,
+            budget=Budget(parameters_removed=0.1),
+            config=replace(config, keep=("*",)),
+        )
+
+
+def test_floor_and_rounding_shape_every_width(trained: Trained) -> None:
+    config = PruneConfig(minimum_fraction=0.4, round_to=8, min_rows=500, calibration_samples=256)
+    found = prune(trained.model, trained.calibration, budget=Budget(parameters_removed=0.5), config=config)
+    for group in found.plan.groups:
+        width = len(group.kept_channels)
+        assert width >= 0.4 * group.num_channels
+        assert width % 8 == 0
+
+
 def test_accuracy_budget_without_labels_is_explained() -> None:
     with pytest.raises(DataError, match="an accuracy budget needs labelled images"):
         prune(nn.Identity(), PIXELS, budget=Budget(max_accuracy_drop=1.0))
