@@ -54,6 +54,8 @@ def add(folder: Path, name: str, label: str, command: str) -> None:
     """Copy one run's report and its plot of widths; candidates' widths and kept channels stay with the run."""
     report = json.loads((folder / "report.json").read_text())
     report.pop("plan", None)
+    kind, separator, path = report["data"]["spec"].partition(":")
+    report["data"]["spec"] = f"{kind}{separator}{Path(path).name}"  # where it lay on one machine tells nobody anything
     entry = {"label": label, "command": command, "report": report}
     (HERE / f"{name}.json").write_text(json.dumps(entry, indent=1) + "\n")
     shutil.copyfile(folder / "plots" / "widths.svg", HERE / f"{name}_widths.svg")
