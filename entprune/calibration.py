@@ -184,7 +184,8 @@ class _SummandRun(fx.Interpreter):
 
 
 def _along_channels(layer: nn.Module, values: Tensor) -> Tensor:
-    """(m,) values in the shape that multiplies the layer's outputs."""
+    """(m,) values in the shape that multiplies the layer's outputs, on its device."""
+    values = values.to(layer.get_parameter("weight").device)
     return values.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else values
 
 

@@ -92,7 +92,7 @@ def check_network(name: str, folder: Path) -> dict[str, Any]:
     assert type(smaller) is type(model), "another class"
     _check_training(smaller, images)
     assert _fingerprint(model) == before, "the user's network was changed"
-    difference = _check_reload(_eval(smaller), name, shape, plan, images, folder)
+    difference = _check_reload(smaller.eval(), name, shape, plan, images, folder)
     return {
         "network": name,
         "input": size,
@@ -112,10 +112,6 @@ def _build(name: str, shape: tuple[int, int, int]) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about changes of initialisation in a later release
         return build_model(f"torchvision:{name}", num_classes=_CLASSES, input_shape=shape).eval()
-
-
-def _eval(model: nn.Module) -> nn.Module:
-    return model.eval()
 
 
 def _fingerprint(model: nn.Module) -> str:

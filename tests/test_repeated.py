@@ -77,12 +77,13 @@ def test_moments_of_both_calls_are_summed() -> None:
     np.testing.assert_allclose(moments.covariance(), np.cov(rows.T, bias=True), rtol=1e-4, atol=1e-6)
 
 
-def test_tied_weights_stay_tied_and_protected_ones_unchanged() -> None:
+def test_tied_weights_stay_tied_and_the_given_network_as_it_was() -> None:
     model = with_a_twin("tied weights")
+    before = copy.deepcopy(model.state_dict())
     network, data, _ = prepared(model)
     smaller: Any = assemble(
         network.model, network.groups, without_channel_3(network), data=data, config=RefitConfig(relative_ridge=1e-7)
     )
     assert smaller.one.weight is smaller.two.weight
-    before = copy.deepcopy(model.state_dict())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in network.model.state_dict().items())
