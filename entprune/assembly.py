@@ -11,7 +11,7 @@ Axes: t sampled rows, d kept features, m kept outputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,26 +20,28 @@ import torch
 from torch import Tensor, fx, nn
 
 from entprune.calibration import SamplingPlan, Statistics
+from entprune.errors import ConfigError
 from entprune.evaluation import ImageSplit
 from entprune.groups import ChannelGroups, shared_layers
 from entprune.layers import LayerSelection, input_width, is_dense, narrow_layers
 from entprune.moments import (
-    GramSum,
     Moments,
-    ProductSum,
     count_positions,
     draw_positions,
     feature_count,
     read_outputs,
     read_rows,
 )
+from entprune.output_layer import find_output_layer, fit_probabilities
 from entprune.plan import PruningPlan, select_layers
+from entprune.rectifiers import CutOff, cut_off, find_rectifiers
+from entprune.refit import make_fit
 from entprune.repeated import refit_repeated
 from entprune.residuals import Residual, inverse_gain
-from entprune.ridge import row_kernel
 from entprune.tracing import called_modules, trace
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
+_PULL = 0.1  # of the dense answer where a ReLU cuts it off
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +51,22 @@ class RefitConfig:
     Attributes:
         relative_ridge: ridge as a fraction of the mean input variance.
         reestimate_batchnorm: recompute BatchNorm means and variances on the pruned network.
+        rectified_steps: further fits of a layer whose outputs a ReLU reads (:mod:`entprune.rectifiers`).
+        output_temperature: of the class probabilities that the output layer is refit to
+            (:mod:`entprune.output_layer`); 0 leaves it at the least-squares fit of the logits.
     """
 
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
+    rectified_steps: int = 4
+    output_temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.relative_ridge <= 0 or self.rectified_steps < 0 or self.output_temperature < 0:
+            raise ConfigError(
+                "expected relative_ridge > 0, rectified_steps >= 0 and output_temperature >= 0, got "
+                f"{self.relative_ridge}, {self.rectified_steps} and {self.output_temperature}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -158,7 +172,10 @@ class _RefitWalk:
         self._changed = False
         by_name = {node.name: node for node in graph.nodes}
         self._residuals = {entry.layer: (entry, by_name[entry.other]) for entry in data.residuals}
-        self._settled: set[str] = set()  # BatchNorms whose statistics follow from a corrected refit
+        self._settled: set[str] = set()  # BatchNorms whose statistics follow from their layer's refit
+        self._rectifiers = find_rectifiers(graph, dense, data.residuals, may_change)
+        self._cut_offs = self._find_cut_offs() if config.rectified_steps else {}
+        self._output_layer = find_output_layer(graph, dense) if config.output_temperature else None
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
         """Walk the graph; activations of all batches are held until their last use."""
@@ -212,8 +229,21 @@ class _RefitWalk:
         elif isinstance(layer, (nn.Conv2d, nn.Linear)) and name in self._statistics:
             residual, other = self._residuals.get(name, (None, None))
             bias = self._refit(name, layer, entry, inputs, None if other is None else values[other])
-            if residual is not None and residual.norm is not None:
-                self._settle(residual.norm, layer, bias)
+            exact = self._rectifiers[name] if name in self._cut_offs else residual
+            if exact is not None and exact.norm is not None:
+                self._settle(exact.norm, layer, bias)
+
+    def _find_cut_offs(self) -> dict[str, CutOff]:
+        """Where ReLUs cut the answers of the layers that are refit."""
+        found: dict[str, CutOff] = {}
+        for name, entry in self._rectifiers.items():
+            cut = cut_off(self._dense, entry)
+            if cut is not None and name in self._residuals:
+                is_open = inverse_gain(self._dense, self._residuals[name][0]) != 0  # else the stream alone decides
+                cut = cut.where(is_open)
+            if cut is not None:
+                found[name] = cut.to(self._device)
+        return found
 
     def _settle(self, name: str, layer: nn.Conv2d | nn.Linear, bias: Tensor) -> None:
         """A corrected layer answers in the dense network's units: its BatchNorm only takes the intercept."""
@@ -231,24 +261,58 @@ class _RefitWalk:
         summands: list[Tensor] | None,
     ) -> Tensor:
         """Solve for the layer's weights; return the intercept (m,)."""
-        outputs = self._statistics[name].outputs
         kept = slice(None) if entry.outputs is None else entry.outputs
         intercept = layer.bias is not None or self._feeds_batchnorm(name)
-        fit = _make_fit(len(outputs), feature_count(layer), layer.weight.shape[0], intercept, self._device)
-        row = 0
-        for batch, value in enumerate(inputs):
-            positions = self._positions(name, layer, value, batch)
-            rows = read_rows(layer, value, positions)
-            answers = torch.from_numpy(outputs[row : row + len(rows)][:, kept]).to(self._device)
-            row += len(rows)
-            if summands is not None:
-                answers = answers - read_outputs(layer, summands[batch], positions) * self._inverse_gain(name, kept)
-            fit.update(rows, answers)
-        weight, bias = fit.solve(layer.weight.flatten(1), self._config.relative_ridge)
+        num_rows = len(self._statistics[name].outputs)
+        fit = make_fit(num_rows, feature_count(layer), layer.weight.shape[0], intercept, self._device)
+        prior, ridge = layer.weight.flatten(1), self._config.relative_ridge
+        for rows, dense, summand in self._observations(name, layer, kept, inputs, summands):
+            fit.update(rows, dense - summand)
+        weight, bias = fit.solve(prior, ridge)
+        cut = self._cut_offs[name].at(kept) if name in self._cut_offs else None
+        for _ in range(self._config.rectified_steps):
+            if cut is None:
+                break
+            fit.forget_answers()
+            for rows, dense, summand in self._observations(name, layer, kept, inputs, summands):
+                present = torch.addmm(bias, rows, weight.T) + summand
+                fit.answer_again(rows, cut.targets(dense, present, _PULL) - summand)
+            weight, bias = fit.solve(prior, ridge)
+        if name == self._output_layer and layer.bias is not None:
+            weight, bias = self._fit_probabilities(name, layer, inputs, weight, bias)
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(bias)
         return bias
+
+    def _observations(
+        self,
+        name: str,
+        layer: nn.Conv2d | nn.Linear,
+        kept: np.ndarray | slice,
+        inputs: list[Tensor],
+        summands: list[Tensor] | None,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Per batch the rows (t, d), the dense answers (t, m), and what is added to the layer's own (t, m) or zero."""
+        outputs = self._statistics[name].outputs
+        row = 0
+        for batch, value in enumerate(inputs):
+            positions = self._positions(name, layer, value, batch)
+            rows = read_rows(layer, value, positions)
+            dense = torch.from_numpy(outputs[row : row + len(rows)][:, kept]).to(self._device)
+            row += len(rows)
+            summand = dense.new_zeros(())
+            if summands is not None:
+                summand = read_outputs(layer, summands[batch], positions) * self._inverse_gain(name, kept)
+            yield rows, dense, summand
+
+    def _fit_probabilities(
+        self, name: str, layer: nn.Conv2d | nn.Linear, inputs: list[Tensor], weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The output layer's weights by the dense network's class probabilities."""
+        observed = list(self._observations(name, layer, slice(None), inputs, None))
+        rows, logits = (torch.cat([part[k] for part in observed]) for k in (0, 1))
+        return fit_probabilities(rows, logits, weight, bias, self._config.output_temperature)
 
     def _inverse_gain(self, name: str, kept: np.ndarray | slice) -> Tensor:
         return inverse_gain(self._dense, self._residuals[name][0])[kept].to(self._device)
@@ -283,103 +347,6 @@ def _attribute(root: nn.Module, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
-
-
-def _make_fit(
-    num_rows: int, num_features: int, num_outputs: int, intercept: bool, device: str
-) -> _RowFit | _DualRowFit:
-    """The smaller form: the rows themselves where they are fewer than the features, else the normal equations."""
-    if num_rows < num_features:
-        return _DualRowFit(intercept)
-    return _RowFit(num_features, num_outputs, intercept, device)
-
-
-class _RowFit:
-    """Accumulates the normal equations of y on x.
-
-    Centred (shifted by the first batch's means) with an intercept, raw without.
-    """
-
-    def __init__(self, num_features: int, num_outputs: int, intercept: bool, device: str) -> None:
-        self._count = 0
-        self._intercept = intercept
-        self._shift = (torch.zeros(num_features, device=device), torch.zeros(num_outputs, device=device))
-        self._sum_x = torch.zeros(num_features, dtype=torch.float64, device=device)
-        self._sum_y = torch.zeros(num_outputs, dtype=torch.float64, device=device)
-        self._xx = GramSum(num_features, device=device)
-        self._yx = ProductSum(num_outputs, num_features, device=device)
-
-    def update(self, rows: Tensor, answers: Tensor) -> None:
-        """Add rows (t, d) with answers (t, m)."""
-        if self._intercept and self._count == 0:
-            self._shift = (rows.mean(0), answers.mean(0))
-        x, y = rows - self._shift[0], answers - self._shift[1]
-        self._count += rows.shape[0]
-        self._sum_x += x.sum(0, dtype=torch.float64)
-        self._sum_y += y.sum(0, dtype=torch.float64)
-        self._xx.update(x)
-        self._yx.update(y, x)
-
-    def solve(self, prior: Tensor, relative_ridge: float) -> tuple[Tensor, Tensor]:
-        """Ridge regression that shrinks towards `prior` (m, d): directions without data keep the given weights.
-
-        Returns:
-            (m, d) weight and (m,) bias in float32.
-        """
-        mean_x, mean_y = self._sum_x / self._count, self._sum_y / self._count
-        if not self._intercept:
-            mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
-        xx = self._xx.total() / self._count - torch.outer(mean_x, mean_x)
-        yx = self._yx.total() / self._count - torch.outer(mean_y, mean_x)
-        residual = yx - prior.double() @ xx
-        ridge = relative_ridge * xx.diagonal().mean().clamp_min(1e-12)
-        xx.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(xx)
-        weight = prior.double() + torch.cholesky_solve(residual.T, factor).T
-        bias = mean_y + self._shift[1].double() - weight @ (mean_x + self._shift[0].double())
-        return weight.float(), bias.float()
-
-
-class _DualRowFit:
-    """Keeps rows and answers, and solves the same regression as :class:`_RowFit` by a (t, t) system.
-
-    Memory is O(t d + t m + t^2 + m d): no (d, d) matrix.
-    """
-
-    def __init__(self, intercept: bool) -> None:
-        self._intercept = intercept
-        self._rows: list[Tensor] = []
-        self._answers: list[Tensor] = []
-
-    def update(self, rows: Tensor, answers: Tensor) -> None:
-        """Add rows (t, d) with answers (t, m); they are read when the fit is solved."""
-        self._rows.append(rows)
-        self._answers.append(answers)
-
-    def solve(self, prior: Tensor, relative_ridge: float) -> tuple[Tensor, Tensor]:
-        """Ridge regression that shrinks towards `prior`: the dual of :meth:`_RowFit.solve`, with the same ridge.
-
-            W = P + (Y - X P^T)^T (X X^T + t ridge I)^-1 X,   ridge = relative_ridge * trace(X X^T) / (t d)
-
-        X (t, d) and Y (t, m) centred where there is an intercept. Arguments and result are those of the primal form.
-        """
-        x, mean_x = self._centred(self._rows)
-        y, mean_y = self._centred(self._answers)
-        kernel = row_kernel(x)
-        ridge = relative_ridge * (kernel.trace() / x.numel()).clamp_min(1e-12)
-        kernel.diagonal().add_(len(x) * ridge)
-        residual = y.addmm_(x, prior.T, alpha=-1.0)
-        coefficients = torch.cholesky_solve(residual.double(), torch.linalg.cholesky(kernel))  # (t, m)
-        weight = torch.addmm(prior, coefficients.T.float(), x)
-        shift = torch.cat([part.double() @ mean_x.double() for part in torch.split(weight, 256)])  # W is never copied
-        return weight, (mean_y.double() - shift).float()
-
-    def _centred(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(t, k) float32 values less their (k,) mean, and the mean; zero without an intercept."""
-        values = torch.cat(parts).float()
-        parts.clear()
-        mean = values.mean(0, dtype=torch.float64).float() if self._intercept else torch.zeros_like(values[0])
-        return values.sub_(mean), mean
 
 
 def _reestimate_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: list[Tensor]) -> None:

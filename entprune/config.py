@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
+from entprune.assembly import RefitConfig
 from entprune.errors import ConfigError
 from entprune.path import PathSetting
 from entprune.selection import DROP_ESTIMATES, DropEstimate
@@ -79,7 +80,7 @@ class PruneConfig:
         minimum_fraction: the same as a fraction of its dense width.
         round_to: widths of layers are multiples of this, dense ones excepted.
         keep: shell patterns of layers that must not change.
-        relative_ridge, reestimate_batchnorm: see RefitConfig.
+        relative_ridge, reestimate_batchnorm, rectified_steps, output_temperature: see RefitConfig.
         correct_residuals: let the last layer of a residual branch make up for the error of the stream it is added to.
         drop_estimate: how the drop on new images is estimated: "labels", "posterior" or "blend" (entprune.selection).
         confidence: one-sided probability with which the accuracy budget shall hold on unseen data of the
@@ -109,6 +110,8 @@ class PruneConfig:
     keep: tuple[str, ...] = ()
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
+    rectified_steps: int = 4
+    output_temperature: float = 2.0
     correct_residuals: bool = True
     drop_estimate: DropEstimate = "posterior"
     confidence: float = 0.95
@@ -138,10 +141,20 @@ class PruneConfig:
             raise ConfigError(f"drop_estimate must be one of {', '.join(DROP_ESTIMATES)}, got {self.drop_estimate!r}.")
         if not 0.5 <= self.confidence < 1.0:
             raise ConfigError(f"confidence must lie in [0.5, 1), got {self.confidence}.")
+        self.refit()
         if self.resolution <= 1.0:
             raise ConfigError(f"resolution must exceed 1, got {self.resolution}.")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}.")
+
+    def refit(self) -> RefitConfig:
+        """How assembly re-estimates weights."""
+        return RefitConfig(
+            relative_ridge=self.relative_ridge,
+            reestimate_batchnorm=self.reestimate_batchnorm,
+            rectified_steps=self.rectified_steps,
+            output_temperature=self.output_temperature,
+        )
 
     @property
     def quantile(self) -> float:

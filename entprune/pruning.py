@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from entprune.artifact import ModelCard
-from entprune.assembly import RefitConfig, RefitData, slice_network
+from entprune.assembly import RefitData, slice_network
 from entprune.certificate import Certificate, certify
 from entprune.checkpoints import load_plain_state
 from entprune.config import Budget, PruneConfig
@@ -245,7 +245,7 @@ def candidate_job(
             sampling=sampling_plan(config, len(images)),
             residuals=network.residuals,
         ),
-        refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),
+        refit=config.refit(),
         validation=validation,
         reference=reference,
         stop=StopRule(max_drop=budget.max_accuracy_drop, quantile=config.quantile),

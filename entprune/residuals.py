@@ -20,8 +20,8 @@ from entprune.tracing import called_modules
 
 _SCALE_FLOOR = 0.05  # of the largest: a channel that the normalisation hardly lets through cannot correct anything
 _ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +83,7 @@ def find_residuals(
 def _known_before(end: fx.Node, other: fx.Node, graph: fx.Graph, model: nn.Module) -> fx.Node | None:
     """The summand, if it can be had before the layer runs."""
     position = {node: number for number, node in enumerate(graph.nodes)}
-    while position[other] > position[end] and _is_module(other, model, _IDENTITIES):
+    while position[other] > position[end] and _is_module(other, model, IDENTITIES):
         other = other.all_input_nodes[0]  # still held, since the identity reads it later
     if position[other] < position[end]:
         return other
@@ -105,9 +105,9 @@ def _last_layer(node: fx.Node, model: nn.Module, once: Collection[str]) -> tuple
         module = model.get_submodule(str(node.target))
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return node, norm
-        if isinstance(module, _NORMS) and norm is None and str(node.target) in once:
+        if isinstance(module, NORMS) and norm is None and str(node.target) in once:
             norm = str(node.target)
-        elif not isinstance(module, _IDENTITIES):
+        elif not isinstance(module, IDENTITIES):
             break
         node = node.args[0]
     return None, None
@@ -118,14 +118,14 @@ def find_norms(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in graph.nodes:
         users = list(node.users)
-        if _is_module(node, model, (nn.Conv2d, nn.Linear)) and len(users) == 1 and _is_module(users[0], model, _NORMS):
+        if _is_module(node, model, (nn.Conv2d, nn.Linear)) and len(users) == 1 and _is_module(users[0], model, NORMS):
             found[str(node.target)] = str(users[0].target)
     return found
 
 
 def norm_gain(norm: nn.Module) -> Tensor | None:
     """(m,) factor by which a BatchNorm multiplies each channel in eval mode, None if it keeps no statistics."""
-    if not isinstance(norm, _NORMS) or norm.running_var is None:
+    if not isinstance(norm, NORMS) or norm.running_var is None:
         return None
     gain = (norm.running_var + norm.eps).rsqrt()
     return gain * norm.weight.detach() if norm.affine else gain

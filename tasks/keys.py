@@ -26,7 +26,7 @@ STAGE_VERSIONS = {
     "answers": 3,
     "moments": 2,
     "paths": 4,
-    "candidates": 4,
+    "candidates": 5,
     "logits": 1,
     "finetuned": 1,
 }
@@ -63,11 +63,7 @@ class StageKeys:
 
     def candidate(self, plan: PruningPlan) -> str:
         """One assembled network with its predictions; the budget does not matter."""
-        refit = {
-            "relative_ridge": self.config.relative_ridge,
-            "reestimate_batchnorm": self.config.reestimate_batchnorm,
-            **self._residuals(),
-        }
+        refit = {**asdict(self.config.refit()), **self._residuals()}
         inputs = {**self._statistics(), "plan": plan.digest(), "refit": refit, "validation": self.validation}
         return content_key("candidates", inputs)
 

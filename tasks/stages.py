@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from torch import nn
 
 from entprune.artifact import ModelCard, save_model
-from entprune.assembly import RefitConfig, RefitData
+from entprune.assembly import RefitData
 from entprune.calibration import LayerStatistics, Statistics
 from entprune.certificate import Certificate
 from entprune.checkpoints import load_plain_state
@@ -287,7 +287,7 @@ def _candidate_job(work: Workload, statistics: Statistics, reference: DenseRefer
             sampling=sampling_plan(config, len(images)),
             residuals=work.network.residuals,
         ),
-        refit=RefitConfig(relative_ridge=config.relative_ridge, reestimate_batchnorm=config.reestimate_batchnorm),
+        refit=config.refit(),
         validation=work.validation,
         reference=reference,
         stop=StopRule(max_drop=work.budget.max_accuracy_drop, quantile=config.quantile),

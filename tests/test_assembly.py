@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from entprune.assembly import RefitConfig, RefitData, assemble, dense_layers, slice_network
 from entprune.calibration import SamplingPlan, collect_statistics
-from entprune.errors import ModelError
+from entprune.errors import ConfigError, ModelError
 from entprune.groups import ChannelGroups, find_groups
 from entprune.layers import LayerSelection, narrow_layer
 from entprune.plan import GroupPlan, PruningPlan, full_plan
@@ -27,7 +27,7 @@ from tests.micro_networks import IMAGE_SHAPE, Bottleneck, Chain, Concat, Depthwi
 NUM_IMAGES = 96
 EVERY_ROW = SamplingPlan(num_images=NUM_IMAGES, batch_size=32, min_rows=10**6)
 SOME_ROWS = replace(EVERY_ROW, min_rows=400, rows_per_feature=1.0)
-FAITHFUL = RefitConfig(relative_ridge=1e-9, reestimate_batchnorm=False)
+FAITHFUL = RefitConfig(relative_ridge=1e-9, reestimate_batchnorm=False, rectified_steps=0, output_temperature=0.0)
 SETTINGS = [
     RefitConfig(),
     FAITHFUL,
@@ -272,7 +272,7 @@ def test_later_layers_are_fitted_to_what_they_really_read() -> None:
 def test_strong_ridge_keeps_the_sliced_weights() -> None:
     model = prepared(Chain)
     plan, groups = half_plan(model), groups_of(model)
-    smaller = assembled(model, plan, RefitConfig(relative_ridge=1e9))
+    smaller = assembled(model, plan, replace(FAITHFUL, relative_ridge=1e9))
     sliced = slice_network(model, groups, plan)
     for name in ("conv1", "conv2", "fc1", "fc2"):
         torch.testing.assert_close(smaller.get_parameter(f"{name}.weight"), sliced.get_parameter(f"{name}.weight"))
@@ -402,3 +402,64 @@ def test_refit_layers_are_dense_layers_called_once_with_their_own_parameters() -
             return self.fc(self.other(self.tied(x)).mean((2, 3)))
 
     assert dense_layers(Mixed()) == ("first", "fc")
+
+
+class Rectified(nn.Module):
+    """A wide layer with a BatchNorm and a ReLU behind it, most of whose outputs are cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 6, 3, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm(self.conv2(torch.relu(self.conv1(x)))))
+        return self.fc(y.mean((2, 3)))
+
+
+def test_rectified_refit_is_nearer_behind_the_relu_and_keeps_the_normalisation() -> None:
+    model = prepared(Rectified)
+    with torch.no_grad():
+        model.get_submodule("norm").bias.fill_(-1.0)
+    plan = plan_without(model, {"conv1": list(range(10))})
+    plain = replace(FAITHFUL, reestimate_batchnorm=True)
+    aware = replace(plain, rectified_steps=6)
+    images = torch.from_numpy(random_split(NUM_IMAGES).images)
+
+    def error(config: RefitConfig) -> float:
+        smaller = assembled(model, plan, config)
+        outputs = []
+        for network in (model, smaller):
+            network.get_submodule("norm").register_forward_hook(lambda _, __, y: outputs.append(torch.relu(y)))
+            with torch.inference_mode():
+                network(images)
+        return float((outputs[-1] - outputs[0]).square().mean())
+
+    assert error(aware) < 0.95 * error(plain)
+    norm, dense = assembled(model, plan, aware).get_submodule("norm"), model.get_submodule("norm")
+    torch.testing.assert_close(norm.running_var, dense.running_var)
+
+
+def test_output_layer_answers_with_nearer_probabilities() -> None:
+    model = prepared(Chain)
+    plan = half_plan(model)
+    images = torch.from_numpy(random_split(NUM_IMAGES).images)
+
+    def divergence(config: RefitConfig) -> float:
+        with torch.inference_mode():
+            dense, present = (
+                network(images).div(2.0).log_softmax(1) for network in (model, assembled(model, plan, config))
+            )
+        return float(torch.nn.functional.kl_div(present, dense, reduction="batchmean", log_target=True))
+
+    assert divergence(replace(FAITHFUL, output_temperature=2.0)) < divergence(FAITHFUL)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"relative_ridge": 0.0}, {"rectified_steps": -1}, {"output_temperature": -2.0}], ids=str
+)
+def test_refit_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        RefitConfig(**wrong)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from entprune import Budget, PathSetting, PruneConfig, prune
-from entprune.assembly import _DualRowFit, _make_fit, _RowFit
 from entprune.calibration import LayerStatistics, SamplingPlan, collect_statistics, merge_statistics
 from entprune.errors import ConfigError, DataError
 from entprune.moments import (
@@ -29,6 +28,7 @@ from entprune.moments import (
     merge,
 )
 from entprune.path import solve_setting
+from entprune.refit import DualFit, PrimalFit, make_fit
 from entprune.regression import (
     ConsumerProblem,
     GroupProblem,
@@ -386,8 +386,8 @@ def test_dual_refit_is_the_primal_one(
     rows = torch.from_numpy(correlated_rows(t, d, seed))
     generator = torch.Generator().manual_seed(seed)
     answers, prior = torch.randn(t, 3, generator=generator), torch.randn(3, d, generator=generator)
-    dual, primal = _make_fit(t, d, 3, intercept, "cpu"), _RowFit(d, 3, intercept, "cpu")
-    assert isinstance(dual, _DualRowFit)
+    dual, primal = make_fit(t, d, 3, intercept, "cpu"), PrimalFit(d, 3, intercept, "cpu")
+    assert isinstance(dual, DualFit)
     for fit in (dual, primal):
         for part in np.split(np.arange(t), sorted(edges)):
             if len(part):
@@ -396,7 +396,7 @@ def test_dual_refit_is_the_primal_one(
     expected_weight, expected_bias = primal.solve(prior, ridge)
     torch.testing.assert_close(weight, expected_weight, rtol=1e-3, atol=2e-3)
     torch.testing.assert_close(bias, expected_bias, rtol=1e-3, atol=5e-3)
-    assert isinstance(_make_fit(d, d, 3, intercept, "cpu"), _RowFit)
+    assert isinstance(make_fit(d, d, 3, intercept, "cpu"), PrimalFit)
 
 
 # --- memory, and the whole job ----------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ import numpy as np, torch
 from entprune.moments import RowMoments
 from entprune.path import PathSetting, solve_setting
 from entprune.regression import build_problem
-from entprune.assembly import _make_fit
+from entprune.refit import make_fit
 
 c, block, t, m = 512, 49, 64, 20
 d = c * block
@@ -421,7 +421,7 @@ resource.setrlimit(resource.RLIMIT_AS, (in_use + d * d * 4 // 4, -1))
 problem = build_problem("g", c, {"fc": (RowMoments(rows=rows), weight, np.arange(d).reshape(c, block))})
 path = solve_setting(problem, PathSetting(l2_growth=8.0, max_drop=0.5))
 assert sorted(path.order.tolist()) == list(range(c)) and path.errors[-1] == 0.0
-fit = _make_fit(t, d, m, True, "cpu")
+fit = make_fit(t, d, m, True, "cpu")
 fit.update(torch.from_numpy(rows), torch.from_numpy(rows) @ torch.from_numpy(weight).T)
 fit.solve(torch.from_numpy(weight), 1e-3)
 try:
