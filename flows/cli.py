@@ -141,6 +141,9 @@ def prune(
     mean: MeanOption = None,
     std: StdOption = None,
     finetune_epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of distillation afterwards.")] = 0,
+    finetune_lr: Annotated[
+        float | None, typer.Option(metavar="X", help="Peak of its learning rate; 0.02 by default.")
+    ] = None,
     calibration_samples: Annotated[
         int | None, typer.Option(metavar="N", help="Training images that the statistics are taken from.")
     ] = None,
@@ -176,6 +179,7 @@ def prune(
         "model": model, "checkpoint": checkpoint, "data": data, "data_root": data_root,
         "mean": numbers("mean", mean), "std": numbers("std", std), "max_accuracy_drop": max_accuracy_drop,
         "parameters_removed": parameters_removed, "macs_removed": macs_removed, "finetune_epochs": finetune_epochs,
+        "finetune_learning_rate": finetune_lr,
         "calibration_samples": calibration_samples, "validation_samples": validation_samples, "workers": workers,
         "gpus_per_worker": gpus_per_worker, "ray_address": ray_address, "device": device, "register": register,
         "seed": seed, "keep": tuple(keep or ()), "round_to": round_to, "minimum_channels": min_channels,

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from entprune import Budget, PruneConfig
 from entprune.errors import ConfigError
+from entprune.finetune import FinetuneConfig
 
 _DEFAULTS = PruneConfig()
+_FINETUNING = FinetuneConfig()
 _REGISTRY_NAME = re.compile(r"[^/:\s]([^/:]*[^/:\s])?")
 _OWN_FIELDS = (
     "calibration_samples", "validation_samples", "device", "seed", "keep", "round_to", "minimum_channels",
@@ -31,7 +33,8 @@ with warnings.catch_warnings():
             checkpoint: file with its parameters.
             data: data specification; `data_root`, `mean` and `std` go with it.
             max_accuracy_drop, parameters_removed, macs_removed: the budget, exactly one of them.
-            finetune_epochs: epochs of distillation after pruning.
+            finetune_epochs: epochs of distillation after pruning; `finetune_learning_rate`, `finetune_optimiser` and
+                `finetune_batch_size` go with it.
             workers: Ray actors; None for as many as the cluster's CPUs allow.
             gpus_per_worker: GPUs that each of them reserves, a fraction where several share one.
             ray_address: cluster to join; None for RAY_ADDRESS, or else a cluster of this machine's own.
@@ -57,6 +60,9 @@ with warnings.catch_warnings():
         parameters_removed: float | None = None
         macs_removed: float | None = None
         finetune_epochs: int = Field(default=0, ge=0)
+        finetune_learning_rate: float = _FINETUNING.learning_rate
+        finetune_optimiser: str = _FINETUNING.optimiser
+        finetune_batch_size: int = _FINETUNING.batch_size
         calibration_samples: int = Field(default=_DEFAULTS.calibration_samples, ge=1)
         validation_samples: int = Field(default=_DEFAULTS.validation_samples, ge=1)
         workers: int | None = Field(default=None, ge=1)
@@ -92,6 +98,7 @@ with warnings.catch_warnings():
         def _check_derived(self) -> Self:
             self.budget()
             self.config()
+            self.finetuning()
             return self
 
         def budget(self) -> Budget:
@@ -105,6 +112,22 @@ with warnings.catch_warnings():
                 parameters_removed=self.parameters_removed,
                 macs_removed=self.macs_removed,
             )
+
+        def finetuning(self) -> FinetuneConfig | None:
+            """Recipe of the fine-tuning, None without.
+
+            Raises:
+                ConfigError: a setting is out of range, whether or not it is used.
+            """
+            recipe = FinetuneConfig(
+                epochs=max(self.finetune_epochs, 1),
+                learning_rate=self.finetune_learning_rate,
+                optimiser=self.finetune_optimiser,
+                batch_size=self.finetune_batch_size,
+                seed=self.seed,
+                device=self.device,
+            )
+            return recipe if self.finetune_epochs else None
 
         def config(self) -> PruneConfig:
             """Settings of the library's stages.

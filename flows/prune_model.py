@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch import nn
 from entprune.certificate import Certificate
 from entprune.errors import EngineError
 from entprune.evaluation import Measurement
-from entprune.finetune import FinetuneConfig
 from entprune.path import SparsityPath
 from entprune.pruning import RunFacts, build_report, build_smaller
 from entprune.search import SearchResult
@@ -101,8 +100,9 @@ def _run_stages(parameters: PruneParameters, work: Workload, engine: Engine) -> 
     found, validation_accuracy = stages.search(work, engine, calibration, paths)
     models: dict[str, nn.Module] = {"dense": work.network.model, "one_shot": build_smaller(work.network, found)}
     certificate = stages.certify(work, engine, models["one_shot"], found.chosen.plan)
-    if parameters.finetune_epochs:
-        finetuning = FinetuneConfig(epochs=parameters.finetune_epochs, seed=parameters.seed, device=work.config.device)
+    finetuning = parameters.finetuning()
+    if finetuning is not None:
+        finetuning = replace(finetuning, device=work.config.device)
         models["fine_tuned"] = stages.finetune(work, engine, models["one_shot"], finetuning)
         certificate = stages.certify(work, engine, models["fine_tuned"], found.chosen.plan)
     return Outcome(

@@ -28,7 +28,7 @@ STAGE_VERSIONS = {
     "paths": 4,
     "candidates": 4,
     "logits": 1,
-    "finetuned": 1,
+    "finetuned": 2,
 }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -50,9 +51,11 @@ from entprune.stages import solve as solve_groups
 from entprune.storage import (
     load_setting_path,
     load_statistics,
+    load_training,
     read_bundle,
     save_setting_path,
     save_statistics,
+    save_training,
     write_bundle,
 )
 from tasks import tracking
@@ -60,7 +63,7 @@ from tasks.actors import RayRunner
 from tasks.keys import StageKeys, hash_images, hash_network
 from tasks.progress import StageClock
 from tasks.store import Store
-from tasks.units import FinetuneJob, finetune_student
+from tasks.units import EpochItem, FinetuneJob, finetune_epoch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -156,6 +159,16 @@ class Engine:
     def __init__(self, runner: RayRunner, store: Store, clock: StageClock, *, finetune_threads: int = 1) -> None:
         self.runner, self.store, self.clock = runner, store, clock
         self.finetune_threads = finetune_threads
+
+    @contextmanager
+    def counting(self, step: str, number: int, total: int) -> Iterator[None]:
+        """Report the one unit that is run inside as one of several that follow each other."""
+        before = self.runner.progress
+        self.runner.progress = lambda *_: self.clock.advance(step, number, total)
+        try:
+            yield
+        finally:
+            self.runner.progress = before
 
 
 def is_worth_retrying(_: Any, __: Any, state: Any) -> bool:
@@ -353,32 +366,43 @@ def certify(work: Workload, engine: Engine, smaller: nn.Module, plan: PruningPla
 
 @stage_task("finetune")
 def finetune(work: Workload, engine: Engine, smaller: nn.Module, config: FinetuneConfig) -> nn.Module:
-    """Train the smaller network on with the dense one as its teacher, on one worker with all cores to itself."""
+    """Train the smaller network on with the dense one as its teacher, on one worker with all cores to itself.
 
-    def compute() -> dict[str, np.ndarray]:
-        job = FinetuneJob(
-            student=smaller,
-            teacher=work.network.model,
-            split=work.data.train,
-            validation_indices=work.validation_indices,
-            threads=engine.finetune_threads,
-        )
-        handle = engine.runner.share(job)
-        try:
-            (state,) = engine.runner.run(finetune_student, [Work(shared=handle, item=config)], stage="finetune")
-        finally:
-            engine.runner.release(handle)
-        return state
-
+    After each epoch the state of the training is stored, so that a killed run repeats at most the epoch in flight.
+    """
+    job = FinetuneJob(
+        student=smaller,
+        teacher=work.network.model,
+        split=work.data.train,
+        validation_indices=work.validation_indices,
+        threads=engine.finetune_threads,
+    )
+    key = work.keys.finetuned(smaller, config, work.keys.validation)
     with engine.clock.stage("finetune"):
         state = engine.store.remember(
             "finetuned",
-            work.keys.finetuned(smaller, config, work.keys.validation),
-            compute,
+            key,
+            lambda: train_epochs(job, config, engine, key),
             load=lambda path: read_bundle(path)[0],
             save=lambda state, path: write_bundle(path, state, {"kind": "fine-tuned weights"}),
         )
+        engine.store.discard("finetuning", key)  # after the weights: one thread writes in this order
         return load_arrays(smaller, state)
+
+
+def train_epochs(job: FinetuneJob, config: FinetuneConfig, engine: Engine, key: str) -> dict[str, np.ndarray]:
+    """Weights after all epochs, the first of which an earlier run may have done."""
+    state = engine.store.fetch("finetuning", key, load_training)
+    handle = engine.runner.share(job)
+    try:
+        while state is None or state.epoch < config.epochs:
+            item = EpochItem(config=config, state=state)
+            with engine.counting("finetune", item.epoch, config.epochs):
+                (state,) = engine.runner.run(finetune_epoch, [Work(shared=handle, item=item)], stage="finetune")
+            engine.store.keep("finetuning", key, partial(save_training, state))
+    finally:
+        engine.runner.release(handle)
+    return state.network_arrays(job.student)
 
 
 def load_arrays(like: nn.Module, state: Mapping[str, np.ndarray]) -> nn.Module:
