@@ -109,7 +109,7 @@ def prune(
         model: pretrained network; it is not changed.
         calibration: unlabelled images (n, C, H, W), normalised as the network expects; an array, a tensor, an
             iterable of batches (a DataLoader; of pairs the first part is taken), or an image split.
-        budget: accuracy points, parameters or MACs.
+        budget: accuracy points, parameters, MACs, latency, or several of them.
         evaluate: held-out labelled images on which candidates are selected, as (images, labels), a loader of such
             pairs, or a split; needed for an accuracy budget.
         test: labelled images for the final figures alone; without them the report's accuracies are null.
@@ -335,6 +335,7 @@ def build_report(
         "seed": facts.config.seed,
         "budget": facts.budget.to_dict(),
         "budget_met": found.budget_met,
+        "budgets_missed": [] if found.budget_met else list(found.chosen.missed),
         "dense": _figures(dense),
         "one_shot": _compared(one_shot, dense),
         "fine_tuned": None if fine_tuned is None else _compared(fine_tuned, dense),

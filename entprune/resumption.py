@@ -79,7 +79,9 @@ def restore_arrays(
     present = _tensors(model)
     stored = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
     if {name: value.shape for name, value in present.items()} != {name: value.shape for name, value in stored.items()}:
-        raise ArtifactError("training state: expected the tensors of this network, got another's; train from the start.")
+        raise ArtifactError(
+            "training state: expected the tensors of this network, got another's; train from the start."
+        )
     with torch.no_grad():
         for name, value in present.items():
             value.copy_(stored[name])
@@ -96,10 +98,13 @@ def _restore_optimiser(tensors: Mapping[str, Tensor], optimiser: torch.optim.Opt
             if int(number) >= len(parameters):
                 raise ArtifactError("training state: expected as many parameters as there are; train from the start.")
             like = parameters[int(number)]
-            if value.shape == like.shape:  # the same strides: the same order of every later sum
-                value = torch.empty_like(like, device="cpu").copy_(value).detach()
-            slots.setdefault(int(number), {})[slot] = value
+            slots.setdefault(int(number), {})[slot] = _in_format_of(like, value)
     optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _in_format_of(like: Tensor, value: Tensor) -> Tensor:
+    """The value with the strides of its parameter, so that later steps read both in the same order."""
+    return torch.empty_like(like, device="cpu").copy_(value).detach() if value.shape == like.shape else value
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

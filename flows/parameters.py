@@ -32,7 +32,8 @@ with warnings.catch_warnings():
             model: model specification.
             checkpoint: file with its parameters.
             data: data specification; `data_root`, `mean` and `std` go with it.
-            max_accuracy_drop, parameters_removed, macs_removed: the budget, exactly one of them.
+            max_accuracy_drop, parameters_removed, macs_removed, latency_removed: the budget, at least one of them.
+            latency_batch: images in one forward pass where latency is measured.
             finetune_epochs: epochs of distillation after pruning; `finetune_learning_rate`, `finetune_optimiser` and
                 `finetune_batch_size` go with it.
             workers: Ray actors; None for as many as the cluster's CPUs allow.
@@ -59,6 +60,8 @@ with warnings.catch_warnings():
         max_accuracy_drop: float | None = None
         parameters_removed: float | None = None
         macs_removed: float | None = None
+        latency_removed: float | None = None
+        latency_batch: int = 64
         finetune_epochs: int = Field(default=0, ge=0)
         finetune_learning_rate: float = _FINETUNING.learning_rate
         finetune_optimiser: str = _FINETUNING.optimiser
@@ -105,12 +108,14 @@ with warnings.catch_warnings():
             """The user's budget.
 
             Raises:
-                ConfigError: none or several were given, or one out of range.
+                ConfigError: none was given, or one is out of range.
             """
             return Budget(
                 max_accuracy_drop=self.max_accuracy_drop,
                 parameters_removed=self.parameters_removed,
                 macs_removed=self.macs_removed,
+                latency_removed=self.latency_removed,
+                latency_batch=self.latency_batch,
             )
 
         def finetuning(self) -> FinetuneConfig | None:

@@ -26,6 +26,7 @@ from entprune.datasets import ArraySplit, ImageData, ImageSplit, split_training
 from entprune.errors import CertificateError, EntpruneError
 from entprune.evaluation import Measurement, count_macs, count_parameters, measure_latency
 from entprune.finetune import FinetuneConfig
+from entprune.latency import measure_kept_latency
 from entprune.path import SettingPath, SparsityPath
 from entprune.plan import PruningPlan
 from entprune.pruning import certify_result
@@ -284,9 +285,31 @@ def search(
             engine.runner,
             known=lambda plan: recall_score(job, engine.store, work.keys.candidate(plan)),
             on_score=lambda plan, score: keep_score(engine.store, work.keys.candidate(plan), score),
+            kept_latency=partial(kept_latency, work, engine),
         )
         engine.clock.summarise(f"{len(found.candidates)} networks tried")
         return found, reference.accuracy()
+
+
+def kept_latency(work: Workload, engine: Engine, plan: PruningPlan) -> float:
+    """Fraction of the dense network's latency that a plan keeps.
+
+    It is measured once on each machine, so that a resumed run goes on with the plans that it began with.
+    """
+    batch_size = work.budget.latency_batch
+
+    def compute() -> np.ndarray:
+        engine.runner.settle()
+        return np.array([measure_kept_latency(work.network, plan, batch_size, work.config.threads)])
+
+    stored = engine.store.remember(
+        "latencies",
+        work.keys.latency(plan, batch_size),
+        compute,
+        load=lambda path: read_bundle(path)[0]["kept"],
+        save=lambda kept, path: write_bundle(path, {"kept": kept}, {"kind": "latency"}),
+    )
+    return float(stored[0])
 
 
 def _candidate_job(work: Workload, statistics: Statistics, reference: DenseReference) -> CandidateJob:

@@ -105,7 +105,7 @@ def test_validation_images_are_not_read() -> None:
     assert calls == list(range(7, -1, -1))
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Stands for whatever ends a run early."""
 
 
@@ -124,13 +124,11 @@ def test_interrupted_run_goes_on_to_the_same_weights(optimiser: str, amp: bool, 
 
     def interrupt(done: int, total: int, text: str) -> None:
         if text == "training, epoch 2":
-            raise Interrupted
+            raise InterruptedRunError
 
     kept = tmp_path / "state.safetensors"
-    with pytest.raises(Interrupted):
-        finetune(
-            student, teacher, split, config, progress=interrupt, on_epoch=lambda state: save_training(state, kept)
-        )
+    with pytest.raises(InterruptedRunError):
+        finetune(student, teacher, split, config, progress=interrupt, on_epoch=lambda state: save_training(state, kept))
     torch.manual_seed(77)  # another process
     steps: list[int] = []
     resumed = finetune(
