@@ -109,6 +109,7 @@ def search(
     known: Callable[[PruningPlan], CandidateScore | None] = lambda _: None,
     on_score: OnScore | None = None,
     kept_latency: KeptLatency | None = None,
+    dense_widths: Mapping[str, int] | None = None,
 ) -> SearchResult:
     """Search the budget.
 
@@ -122,6 +123,7 @@ def search(
         known: returns the score of a plan from an earlier run on the same inputs.
         on_score: called with each new score as it comes in.
         kept_latency: measures the fraction of the dense network's latency that a plan keeps; by default here and now.
+        dense_widths: where the network was pruned before, what each group had then; floors refer to these.
 
     Raises:
         ConfigError: a size or latency budget that even the least widths do not reach.
@@ -129,7 +131,7 @@ def search(
     latency = _Latency(budget, kept_latency or partial(_measured_latency, job, budget, config))
     session = _Session(job, runner, known, on_score, latency)
     try:
-        problem = allocation_problem(paths, cost, config, _objective(budget, config))
+        problem = allocation_problem(paths, cost, config, _objective(budget, config), dense_widths)
         limits = budget.size_limits()
         if budget.latency_removed is not None:
             limits = dict(limit_macs(problem, limits, lambda w: latency.kept(plan_for_widths(paths, w)), latency.limit))
@@ -177,12 +179,17 @@ class _Latency:
 
 
 def allocation_problem(
-    paths: Mapping[str, SparsityPath], cost: CostModel, config: PruneConfig, objective: Objective
+    paths: Mapping[str, SparsityPath],
+    cost: CostModel,
+    config: PruneConfig,
+    objective: Objective,
+    dense_widths: Mapping[str, int] | None = None,
 ) -> AllocationProblem:
     """Predicted losses are the paths' refit errors to the power `loss_exponent`."""
+    present = {name: path.num_channels for name, path in paths.items()}
     return AllocationProblem(
         losses={name: path.errors**config.loss_exponent for name, path in paths.items()},
-        minimum={name: _least_width(path.num_channels, config) for name, path in paths.items()},
+        minimum=least_widths(present, config, dense_widths),
         cost=cost,
         objective=objective,
         round_to=config.round_to,
@@ -190,9 +197,13 @@ def allocation_problem(
     )
 
 
-def _least_width(num_channels: int, config: PruneConfig) -> int:
-    floor = max(config.minimum_channels, math.ceil(config.minimum_fraction * num_channels - 1e-9))
-    return min(floor, num_channels)
+def least_widths(
+    widths: Mapping[str, int], config: PruneConfig, dense_widths: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Floor of each group's width: the larger of the settings' two, and at most what the group has."""
+    dense = {**widths, **(dense_widths or {})}
+    floors = {name: math.ceil(config.minimum_fraction * dense[name] - 1e-9) for name in widths}
+    return {name: min(max(config.minimum_channels, floors[name]), width) for name, width in widths.items()}
 
 
 def plan_for_widths(paths: Mapping[str, SparsityPath], widths: Mapping[str, int]) -> PruningPlan:

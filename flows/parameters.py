@@ -36,6 +36,7 @@ with warnings.catch_warnings():
             latency_batch: images in one forward pass where latency is measured.
             finetune_epochs: epochs of distillation after pruning; `finetune_learning_rate`, `finetune_optimiser` and
                 `finetune_batch_size` go with it.
+            rounds: how often to prune and to tune in turns.
             workers: Ray actors; None for as many as the cluster's CPUs allow.
             gpus_per_worker: GPUs that each of them reserves, a fraction where several share one.
             ray_address: cluster to join; None for RAY_ADDRESS, or else a cluster of this machine's own.
@@ -63,6 +64,7 @@ with warnings.catch_warnings():
         latency_removed: float | None = None
         latency_batch: int = 64
         finetune_epochs: int = Field(default=0, ge=0)
+        rounds: int = Field(default=1, ge=1)
         finetune_learning_rate: float = _FINETUNING.learning_rate
         finetune_optimiser: str = _FINETUNING.optimiser
         finetune_batch_size: int = _FINETUNING.batch_size
@@ -102,6 +104,10 @@ with warnings.catch_warnings():
             self.budget()
             self.config()
             self.finetuning()
+            if self.rounds > 1 and not self.finetune_epochs:
+                raise ConfigError(
+                    f"--rounds {self.rounds} needs tuning between the rounds, got --finetune-epochs 0; give at least 1."
+                )
             return self
 
         def budget(self) -> Budget:

@@ -18,6 +18,7 @@ from entprune.runner import InProcessRunner, Work
 from tasks import stages
 from tasks.progress import StageClock, report_to
 from tasks.store import Store
+from tasks.tuning import finetune
 
 CONFIG = FinetuneConfig(epochs=3, batch_size=8, learning_rate=0.01)
 
@@ -76,7 +77,7 @@ def tune(folder: Path, dies_in: int | None = None) -> tuple[dict[str, torch.Tens
     runner = CountingRunner(dies_in)
     with Store(folder) as store:
         engine = stages.Engine(cast("Any", runner), store, StageClock())
-        tuned = stages.finetune.fn(cast("Any", work), engine, make_network(4), CONFIG)
+        tuned = finetune.fn(cast("Any", work), engine, make_network(4), CONFIG)
     return tuned.state_dict(), runner
 
 
