@@ -7,8 +7,8 @@ re-evaluated as its neighbours shrink.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -20,8 +20,13 @@ from entprune.groups import ChannelGroups
 from entprune.layers import find_part, output_width, part_width
 
 Objective = Literal["parameters", "macs"]
+Limits = Mapping[Objective, float]  # kept fraction of the dense network's size, in (0, 1]
+Excess = Callable[[Mapping[str, int]], dict[Objective, float]]  # how many times over which limits, where it is over
 _BISECTIONS = 40
 _SWEEPS = 30
+_BLENDS = 6  # trials of how much either of two limits counts
+_TIGHTENINGS = 20
+_BLEND_UNIT = 1e6  # large, because differences of cost below one count as one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,6 +221,10 @@ class AllocationProblem:
         step = self.round_to // math.gcd(self.round_to, self.blocks.get(name, 1))
         return np.asarray(width[(width % step == 0) | (width == dense)])
 
+    def fraction(self, widths: Mapping[str, int]) -> float:
+        """Fraction of the dense network's cost."""
+        return self.cost.evaluate(widths, self.objective) / self.cost.evaluate(self.full(), self.objective)
+
     def loss(self, widths: Mapping[str, int]) -> float:
         """Predicted loss: the sum over groups."""
         return float(sum(loss[widths[name]] for name, loss in self.losses.items()))
@@ -252,6 +261,84 @@ def allocate(problem: AllocationProblem, kept_fraction: float) -> dict[str, int]
         else:
             low = price
     return _spend(problem, widths, target)
+
+
+def allocate_within(problem: AllocationProblem, limits: Limits) -> dict[str, int]:
+    """Widths of least predicted loss that keep to several limits at once.
+
+    One limit is allocated alone; if the others hold then, nothing better exists. Otherwise the costs are blended, each
+    in units of its limit: whatever keeps to all limits keeps to every blend, and the blend is sought that both limits
+    bind.
+
+    Raises:
+        ConfigError: even the least widths exceed a limit.
+    """
+    if not limits:
+        return problem.full()
+    problems = {objective: replace(problem, objective=objective) for objective in limits}
+
+    def exceeded(widths: Mapping[str, int]) -> dict[Objective, float]:
+        found = {objective: entry.fraction(widths) / limits[objective] for objective, entry in problems.items()}
+        return {objective: value for objective, value in found.items() if value > 1.0 + 1e-12}
+
+    alone = [allocate(entry, limits[objective]) for objective, entry in problems.items()]
+    sufficient = [widths for widths in alone if not exceeded(widths)]
+    if not sufficient:
+        sufficient = _blend(problem, limits, exceeded)
+    return min(sufficient, key=problem.loss)
+
+
+def _blend(problem: AllocationProblem, limits: Limits, exceeded: Excess) -> list[dict[str, int]]:
+    """Widths that keep to both limits, for several blends; at least the smallest ones."""
+    found = [problem.smallest()]
+    low, high = 0.0, 1.0  # share of the MACs
+    for _ in range(_BLENDS):
+        share = 0.5 * (low + high)
+        blended = replace(problem, cost=_blended_cost(problem, limits, share))
+        fraction = _BLEND_UNIT / blended.cost.evaluate(blended.full(), blended.objective)
+        widths = allocate(blended, fraction)
+        over = exceeded(widths)
+        found.append(_tighten(blended, fraction, widths, exceeded))
+        if not over:
+            break
+        low, high = (share, high) if "macs" in over else (low, share)
+    return found
+
+
+def _tighten(blended: AllocationProblem, fraction: float, widths: dict[str, int], exceeded: Excess) -> dict[str, int]:
+    """Allocate less of a blend until each limit is kept: spare room of one cannot pay for the other."""
+    least = blended.fraction(blended.smallest())
+    for _ in range(_TIGHTENINGS):
+        over = exceeded(widths)
+        if not over:
+            return widths
+        fraction /= 1.002 * max(over.values())
+        if fraction <= least:
+            break
+        widths = allocate(blended, fraction)
+    return blended.smallest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _BlendedCost(CostModel):
+    """A weighted sum of parameters and MACs, whatever the objective."""
+
+    weights: Mapping[Objective, float]
+
+    def evaluate(self, widths: Mapping[str, int], objective: Objective) -> float:  # noqa: ARG002 -- the base's
+        return sum(weight * CostModel.evaluate(self, widths, name) for name, weight in self.weights.items())
+
+    def along(self, group: str, widths: Mapping[str, int], num_channels: int, objective: Objective) -> np.ndarray:  # noqa: ARG002
+        parts = [w * CostModel.along(self, group, widths, num_channels, name) for name, w in self.weights.items()]
+        return np.asarray(sum(parts, np.zeros(num_channels + 1)))
+
+
+def _blended_cost(problem: AllocationProblem, limits: Limits, share: float) -> _BlendedCost:
+    """Costs in units of their limits, so that a network at both limits costs one unit."""
+    full, cost = problem.full(), problem.cost
+    shares: dict[Objective, float] = {"macs": share, "parameters": 1.0 - share}
+    weights = {name: part * _BLEND_UNIT / (limits[name] * cost.evaluate(full, name)) for name, part in shares.items()}
+    return _BlendedCost(layers=cost.layers, untouched_parameters=cost.untouched_parameters, weights=weights)
 
 
 def _descend(problem: AllocationProblem, price: float) -> dict[str, int]:

@@ -7,57 +7,76 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
+from entprune.allocation import Objective
 from entprune.assembly import RefitConfig
 from entprune.errors import ConfigError
 from entprune.path import PathSetting
 from entprune.selection import DROP_ESTIMATES, DropEstimate
 
-BudgetKind = Literal["max_accuracy_drop", "parameters_removed", "macs_removed"]
+BudgetKind = Literal["max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed"]
+_KINDS: tuple[BudgetKind, ...] = ("max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What the user allows or asks: exactly one of the three.
+    """What the user allows or asks: one of these or several together.
+
+    With an accuracy budget the smallest network is searched that loses at most so much and removes at least what the
+    others ask. Without one, the network is found that removes what they ask at the least predicted loss.
 
     Attributes:
-        max_accuracy_drop: accuracy points that may be lost, in [0, 100); the smallest network within it is searched.
-        parameters_removed: fraction of the parameters to remove, in [0, 1).
-        macs_removed: fraction of the multiply-accumulates to remove, in [0, 1).
+        max_accuracy_drop: accuracy points that may be lost, in [0, 100).
+        parameters_removed: least fraction of the parameters to remove, in [0, 1).
+        macs_removed: least fraction of the multiply-accumulates to remove, in [0, 1).
+        latency_removed: least fraction of the CPU latency to remove, in [0, 1); measured on this machine.
+        latency_batch: images in one forward pass where latency is measured.
     """
 
     max_accuracy_drop: float | None = None
     parameters_removed: float | None = None
     macs_removed: float | None = None
+    latency_removed: float | None = None
+    latency_batch: int = 64
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        if len(given) != 1:
+        given = self._given()
+        if not given:
             raise ConfigError(
-                "expected exactly one budget of --max-accuracy-drop, --parameters-removed and --macs-removed, got "
-                f"{len(given)}; give one."
+                "expected a budget, got none; give --max-accuracy-drop, --parameters-removed, --macs-removed, "
+                "--latency-removed, or several of them."
             )
-        ((name, value),) = given.items()
-        upper = 100.0 if name == "max_accuracy_drop" else 1.0
-        if not 0.0 <= value < upper:
-            option = "--" + name.replace("_", "-")
-            unit = "accuracy points" if name == "max_accuracy_drop" else "a fraction"
-            raise ConfigError(f"{option} is {unit} in [0, {upper:g}), got {value:g}; choose a value in that range.")
+        for name, value in given.items():
+            upper = 100.0 if name == "max_accuracy_drop" else 1.0
+            if not 0.0 <= value < upper:
+                option = "--" + name.replace("_", "-")
+                unit = "accuracy points" if name == "max_accuracy_drop" else "a fraction"
+                raise ConfigError(f"{option} is {unit} in [0, {upper:g}), got {value:g}; choose a value in that range.")
+        if self.latency_batch < 1:
+            raise ConfigError(f"--latency-batch must be at least 1, got {self.latency_batch}.")
+
+    def _given(self) -> dict[BudgetKind, float]:
+        values = {name: getattr(self, name) for name in _KINDS}
+        return {name: float(value) for name, value in values.items() if value is not None}
 
     @property
     def kind(self) -> BudgetKind:
-        """Name of the budget that was given."""
-        if self.max_accuracy_drop is not None:
-            return "max_accuracy_drop"
-        return "parameters_removed" if self.parameters_removed is not None else "macs_removed"
+        """Name of the budget that decides what is searched: accuracy if it was given, else the first of the others."""
+        return next(iter(self._given()))
 
     @property
     def value(self) -> float:
         """Its value, in points or as a fraction."""
         return float(getattr(self, self.kind))
 
+    def size_limits(self) -> dict[Objective, float]:
+        """Largest fraction of the parameters and of the MACs that may be kept, where that was given."""
+        removed: dict[Objective, float | None] = {"parameters": self.parameters_removed, "macs": self.macs_removed}
+        return {name: 1.0 - value for name, value in removed.items() if value is not None}
+
     def to_dict(self) -> dict[str, float]:
-        """The one given entry."""
-        return {self.kind: self.value}
+        """The given entries."""
+        given: dict[str, float] = {str(name): value for name, value in self._given().items()}
+        return given if self.latency_removed is None else {**given, "latency_batch": self.latency_batch}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from entprune.datasets import ImageSplit
 from entprune.evaluation import Progress, resolve_device
-from entprune.training import TrainConfig, fit, require
+from entprune.resumption import TrainingState
+from entprune.training import OnEpoch, TrainConfig, fastest_format, fit, lay_out, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +83,9 @@ def finetune(
     *,
     validation_indices: npt.NDArray[np.int64] | None = None,
     progress: Progress | None = None,
+    state: TrainingState | None = None,
+    on_epoch: OnEpoch | None = None,
+    last_epoch: int | None = None,
 ) -> nn.Module:
     """Fine-tune a copy of the student; neither network is changed.
 
@@ -92,26 +96,44 @@ def finetune(
         config: the recipe. The same seed, device and thread count give the same network.
         validation_indices: images of the split that must not be trained on.
         progress: called after each step with the steps done, their total and a text.
+        state, on_epoch, last_epoch: to go on with an interrupted run, see :func:`entprune.training.fit`.
 
     Returns:
         The fine-tuned network in evaluation mode, on the student's device.
 
     Raises:
+        ArtifactError: the state is that of another network.
         ConfigError: the device is unusable, or the loss stopped being finite.
         DataError: fewer than two images are left to train on.
     """
     excluded = np.empty(0, dtype=np.int64) if validation_indices is None else validation_indices
     indices = np.setdiff1d(np.arange(len(split)), excluded)
     tuned = copy.deepcopy(student).requires_grad_()
-    guide = copy.deepcopy(teacher).to(resolve_device(config.device)).eval().requires_grad_(requires_grad=False)
+    guide = _Teacher(teacher, config.device)
 
     def loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = guide(images).float()
-        return distillation_loss(logits, teacher_logits, labels, config.temperature, config.distillation_weight)
+        return distillation_loss(logits, guide(images), labels, config.temperature, config.distillation_weight)
 
-    fit(tuned, split, indices, loss, config.to_train_config(), progress)
+    settings = config.to_train_config()
+    fit(tuned, split, indices, loss, settings, progress, state=state, on_epoch=on_epoch, last_epoch=last_epoch)
     return tuned
+
+
+class _Teacher:
+    """A frozen copy of the dense network in the memory format that suits it."""
+
+    def __init__(self, model: nn.Module, device: str) -> None:
+        self._model = copy.deepcopy(model).to(resolve_device(device)).eval().requires_grad_(requires_grad=False)
+        self._format: torch.memory_format | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return logits (n, classes), float32, of images on the device."""
+        if self._format is None:
+            self._format = fastest_format(self._model, images[:2])
+            lay_out(self._model, self._format)
+        with torch.no_grad():
+            logits: Tensor = self._model(images.contiguous(memory_format=self._format))
+            return logits.float()
 
 
 def distillation_loss(

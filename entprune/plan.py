@@ -108,6 +108,33 @@ def full_plan(groups: ChannelGroups) -> PruningPlan:
     )
 
 
+def compose_plans(first: PruningPlan, second: PruningPlan) -> PruningPlan:
+    """The plan that does at once what two plans do one after the other.
+
+    Args:
+        first: of the dense network.
+        second: of the network that the first one leaves; groups that it does not name stay as they are.
+
+    Raises:
+        ConfigError: the second plan belongs to another network.
+    """
+    later = {group.name: group for group in second.groups}
+    if unknown := set(later) - {group.name for group in first.groups}:
+        raise ConfigError(f"the second plan has groups {sorted(unknown)} that the first lacks; rebuild the plan.")
+    groups = []
+    for group in first.groups:
+        kept = group.kept_channels
+        then = later.get(group.name)
+        if then is not None and then.num_channels != len(kept):
+            raise ConfigError(
+                f"group {group.name!r}: expected a second plan for {len(kept)} channels, got one for "
+                f"{then.num_channels}; rebuild the plan."
+            )
+        chosen = kept if then is None else tuple(kept[channel] for channel in then.kept_channels)
+        groups.append(GroupPlan(name=group.name, num_channels=group.num_channels, kept_channels=chosen))
+    return PruningPlan(groups=tuple(groups))
+
+
 def select_layers(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> dict[str, LayerSelection]:
     """Translate kept channels into kept positions of every layer that a group touches.
 

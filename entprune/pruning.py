@@ -19,7 +19,7 @@ from entprune.artifact import ModelCard
 from entprune.assembly import RefitData, slice_network
 from entprune.certificate import Certificate, certify
 from entprune.checkpoints import load_plain_state
-from entprune.config import Budget, PruneConfig
+from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.datasets.splits import ArraySplit
 from entprune.errors import DataError
 from entprune.evaluation import ImageSplit, Measurement, count_macs, count_parameters, measure_latency
@@ -27,6 +27,7 @@ from entprune.groups import ChannelGroups
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
 from entprune.report import collect_warnings, environment
+from entprune.rounds import RoundRecord
 from entprune.runner import InProcessRunner, Progress, Runner, torch_threads
 from entprune.search import SearchResult, search
 from entprune.selection import StopRule
@@ -109,7 +110,7 @@ def prune(
         model: pretrained network; it is not changed.
         calibration: unlabelled images (n, C, H, W), normalised as the network expects; an array, a tensor, an
             iterable of batches (a DataLoader; of pairs the first part is taken), or an image split.
-        budget: accuracy points, parameters or MACs.
+        budget: accuracy points, parameters, MACs, latency, or several of them.
         evaluate: held-out labelled images on which candidates are selected, as (images, labels), a loader of such
             pairs, or a split; needed for an accuracy budget.
         test: labelled images for the final figures alone; without them the report's accuracies are null.
@@ -304,7 +305,17 @@ def measure_network(
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RunFacts:
-    """What the report draws on."""
+    """What the report draws on.
+
+    Attributes:
+        network: dense.
+        paths, found: of its (first) pruning.
+        certificate: of the result.
+        budget, config: what was asked.
+        plan: of the result where rounds followed, against the dense network; by default what `found` chose.
+        rounds: of a run that prunes and tunes in turns.
+        chosen_round: the one that the result is from.
+    """
 
     network: Network
     paths: Mapping[str, SparsityPath]
@@ -312,6 +323,14 @@ class RunFacts:
     certificate: Certificate
     budget: Budget
     config: PruneConfig
+    plan: PruningPlan | None = None
+    rounds: Sequence[RoundRecord] = ()
+    chosen_round: RoundRecord | None = None
+
+    @property
+    def missed(self) -> tuple[BudgetKind, ...]:
+        """Budgets that the result does not meet: after tuning where there were rounds."""
+        return self.found.chosen.missed if self.chosen_round is None else self.chosen_round.missed
 
 
 def build_report(
@@ -327,23 +346,25 @@ def build_report(
     lineage: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json, schema version 1."""
-    found = facts.found
+    found, plan = facts.found, facts.plan or facts.found.chosen.plan
     report: dict[str, Any] = {
         "schema_version": 1,
         "model": dict(model),
         "data": dict(data),
         "seed": facts.config.seed,
         "budget": facts.budget.to_dict(),
-        "budget_met": found.budget_met,
+        "budget_met": not facts.missed,
+        "budgets_missed": list(facts.missed),
         "dense": _figures(dense),
         "one_shot": _compared(one_shot, dense),
         "fine_tuned": None if fine_tuned is None else _compared(fine_tuned, dense),
         "certificate": facts.certificate.to_dict(),
-        "groups": [_group_entry(facts.network.groups, path, found.chosen.plan) for path in facts.paths.values()],
+        "groups": [_group_entry(facts.network.groups, path, plan) for path in facts.paths.values()],
         "unprunable": [{"layer": e.layer, "reason": e.reason} for e in facts.network.groups.unprunable],
         "candidates": _candidate_entries(found, dense),
+        "rounds": [{**record.to_dict(), "chosen": record is facts.chosen_round} for record in facts.rounds],
         "validation": {"dense_accuracy": validation_accuracy, "images": data.get("validation_samples", 0)},
-        "plan": found.chosen.plan.to_dict(),
+        "plan": plan.to_dict(),
         "settings": facts.config.to_dict(),
         "timings_seconds": dict(timings),
         "lineage": dict(lineage or {}),

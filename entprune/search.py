@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from entprune.allocation import AllocationProblem, CostModel, Objective, allocate
-from entprune.config import Budget, PruneConfig
+from entprune.allocation import AllocationProblem, CostModel, Limits, Objective, allocate_within
+from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.errors import ConfigError
+from entprune.latency import LATENCY_TOLERANCE, KeptLatency, limit_macs, measure_kept_latency
 from entprune.path import SparsityPath
 from entprune.plan import GroupPlan, PruningPlan
 from entprune.runner import Runner, Work
@@ -38,7 +40,9 @@ class Candidate:
             confidence bound.
         label_drop: paired mean drop by the labels of these images.
         images: validation images scored.
-        accepted: whether the bound is within the budget.
+        accepted: whether every budget is met.
+        latency_kept: measured fraction of the dense network's latency, None where it was not asked for.
+        missed: names of the budgets that are not met, as far as they were looked at.
     """
 
     round: int
@@ -52,6 +56,8 @@ class Candidate:
     upper_bound: float | None
     images: int
     accepted: bool
+    latency_kept: float | None = None
+    missed: tuple[BudgetKind, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report."""
@@ -66,6 +72,7 @@ class Candidate:
             "drop_upper_bound": None if self.upper_bound == math.inf else self.upper_bound,  # JSON knows no infinity
             "images": self.images,
             "accepted": self.accepted,
+            "latency_kept": self.latency_kept,
             "widths": self.plan.widths(),
         }
 
@@ -76,9 +83,10 @@ class SearchResult:
 
     Attributes:
         candidates: in the order tried.
-        chosen: the smallest accepted one, or the one nearest to the budget if none was.
+        chosen: the smallest accepted one, or the one nearest to the budget if none was: with several budgets the one
+            that removes no more than they ask and so loses least.
         state: its weights.
-        budget_met: whether any candidate was accepted.
+        budget_met: whether any candidate was accepted; otherwise `chosen.missed` says which budgets failed.
     """
 
     candidates: tuple[Candidate, ...]
@@ -100,6 +108,8 @@ def search(
     *,
     known: Callable[[PruningPlan], CandidateScore | None] = lambda _: None,
     on_score: OnScore | None = None,
+    kept_latency: KeptLatency | None = None,
+    dense_widths: Mapping[str, int] | None = None,
 ) -> SearchResult:
     """Search the budget.
 
@@ -112,29 +122,74 @@ def search(
         runner: runs candidates of one round side by side.
         known: returns the score of a plan from an earlier run on the same inputs.
         on_score: called with each new score as it comes in.
+        kept_latency: measures the fraction of the dense network's latency that a plan keeps; by default here and now.
+        dense_widths: where the network was pruned before, what each group had then; floors refer to these.
 
     Raises:
-        ConfigError: a size budget that even the least widths do not reach.
+        ConfigError: a size or latency budget that even the least widths do not reach.
     """
-    session = _Session(job, runner, known, on_score)
+    latency = _Latency(budget, kept_latency or partial(_measured_latency, job, budget, config))
+    session = _Session(job, runner, known, on_score, latency)
     try:
-        if budget.kind == "max_accuracy_drop":
-            problem = allocation_problem(paths, cost, config, config.objective)
-            return _by_accuracy(problem, paths, session, config)
-        objective: Objective = "parameters" if budget.kind == "parameters_removed" else "macs"
-        problem = allocation_problem(paths, cost, config, objective)
-        return _by_size(problem, paths, session, budget.value)
+        problem = allocation_problem(paths, cost, config, _objective(budget, config), dense_widths)
+        limits = budget.size_limits()
+        if budget.latency_removed is not None:
+            limits = dict(limit_macs(problem, limits, lambda w: latency.kept(plan_for_widths(paths, w)), latency.limit))
+        if budget.max_accuracy_drop is not None:
+            return _by_accuracy(problem, paths, session, config, limits)
+        return _by_size(problem, paths, session, limits)
     finally:
         session.close()
 
 
+def _objective(budget: Budget, config: PruneConfig) -> Objective:
+    if budget.max_accuracy_drop is not None:
+        return config.objective
+    return "parameters" if budget.parameters_removed is not None else "macs"
+
+
+def _measured_latency(job: CandidateJob, budget: Budget, config: PruneConfig, plan: PruningPlan) -> float:
+    return measure_kept_latency(job.network, plan, budget.latency_batch, config.threads)
+
+
+class _Latency:
+    """Latency budget; each plan is measured once."""
+
+    def __init__(self, budget: Budget, measure: KeptLatency) -> None:
+        self._removed, self._measure = budget.latency_removed, measure
+        self._known: dict[str, float] = {}
+
+    @property
+    def limit(self) -> float:
+        """Fraction of the dense network's latency that may be kept; infinite without a budget."""
+        return math.inf if self._removed is None else 1.0 - self._removed
+
+    def kept(self, plan: PruningPlan) -> float:
+        """Measured fraction of the dense network's latency."""
+        if plan.digest() not in self._known:
+            self._known[plan.digest()] = self._measure(plan)
+        return self._known[plan.digest()]
+
+    def judge(self, plan: PruningPlan) -> tuple[float | None, bool]:
+        """The fraction, None without a budget, and whether it is within the budget and its tolerance."""
+        if self._removed is None:
+            return None, True
+        kept = self.kept(plan)
+        return kept, kept <= self.limit * (1.0 + LATENCY_TOLERANCE)
+
+
 def allocation_problem(
-    paths: Mapping[str, SparsityPath], cost: CostModel, config: PruneConfig, objective: Objective
+    paths: Mapping[str, SparsityPath],
+    cost: CostModel,
+    config: PruneConfig,
+    objective: Objective,
+    dense_widths: Mapping[str, int] | None = None,
 ) -> AllocationProblem:
     """Predicted losses are the paths' refit errors to the power `loss_exponent`."""
+    present = {name: path.num_channels for name, path in paths.items()}
     return AllocationProblem(
         losses={name: path.errors**config.loss_exponent for name, path in paths.items()},
-        minimum={name: _least_width(path.num_channels, config) for name, path in paths.items()},
+        minimum=least_widths(present, config, dense_widths),
         cost=cost,
         objective=objective,
         round_to=config.round_to,
@@ -142,9 +197,13 @@ def allocation_problem(
     )
 
 
-def _least_width(num_channels: int, config: PruneConfig) -> int:
-    floor = max(config.minimum_channels, math.ceil(config.minimum_fraction * num_channels - 1e-9))
-    return min(floor, num_channels)
+def least_widths(
+    widths: Mapping[str, int], config: PruneConfig, dense_widths: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Floor of each group's width: the larger of the settings' two, and at most what the group has."""
+    dense = {**widths, **(dense_widths or {})}
+    floors = {name: math.ceil(config.minimum_fraction * dense[name] - 1e-9) for name in widths}
+    return {name: min(max(config.minimum_channels, floors[name]), width) for name, width in widths.items()}
 
 
 def plan_for_widths(paths: Mapping[str, SparsityPath], widths: Mapping[str, int]) -> PruningPlan:
@@ -166,8 +225,10 @@ class _Session:
         runner: Runner,
         known: Callable[[PruningPlan], CandidateScore | None],
         on_score: OnScore | None,
+        latency: _Latency,
     ) -> None:
         self._job, self._runner, self._known, self._on_score = job, runner, known, on_score
+        self._latency = latency
         self._handle: Any = None
         self._scores: dict[str, CandidateScore] = {}
         self.tried: list[Candidate] = []
@@ -215,6 +276,12 @@ class _Session:
             drop, _, upper = stop.bounds(reference.drops(score.predicted))
             label_drop = float(reference.drops(score.predicted, "labels").mean())
             accuracy = 100.0 * float((score.predicted == reference.labels[:count]).mean())
+        missed: tuple[BudgetKind, ...] = ()
+        if stop.max_drop is not None and (upper is None or upper > stop.max_drop):
+            missed = ("max_accuracy_drop",)
+        latency_kept, is_fast = (None, True) if missed else self._latency.judge(plan)
+        if not is_fast:
+            missed = ("latency_removed",)
         candidate = Candidate(
             round=number,
             kept_fraction=fraction,
@@ -226,7 +293,9 @@ class _Session:
             label_drop=label_drop,
             upper_bound=upper,
             images=count,
-            accepted=stop.max_drop is None or (upper is not None and upper <= stop.max_drop),
+            accepted=not missed,
+            latency_kept=latency_kept,
+            missed=missed,
         )
         self.tried.append(candidate)
         return candidate
@@ -242,13 +311,14 @@ class _Session:
 
 
 def _by_size(
-    problem: AllocationProblem, paths: Mapping[str, SparsityPath], session: _Session, removed: float
+    problem: AllocationProblem, paths: Mapping[str, SparsityPath], session: _Session, limits: Limits
 ) -> SearchResult:
     """One allocation: the size is known without trying."""
-    plan = plan_for_widths(paths, allocate(problem, 1.0 - removed))
+    plan = plan_for_widths(paths, allocate_within(problem, limits))
     (score,) = session.score([plan], "assemble")
-    candidate = session.judge(problem, plan, score, 1.0 - removed, 1)
-    return session.finish(replace(candidate, accepted=True), True)
+    fraction = limits.get(problem.objective, problem.fraction(plan.widths()))
+    candidate = session.judge(problem, plan, score, fraction, 1)
+    return session.finish(candidate, candidate.accepted)
 
 
 def _by_accuracy(
@@ -256,15 +326,26 @@ def _by_accuracy(
     paths: Mapping[str, SparsityPath],
     session: _Session,
     config: PruneConfig,
+    limits: Limits,
 ) -> SearchResult:
-    """Narrow a bracket of kept fractions, several candidates per round, on a logarithmic scale."""
+    """Narrow a bracket of kept fractions, several candidates per round, on a logarithmic scale.
+
+    Further budgets bound the bracket from above; the largest network that they allow is tried first, for nothing
+    larger may be chosen, and the larger a network the less it loses.
+    """
     bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
+    if limits:
+        best = _largest_allowed(problem, paths, session, limits)
+        bracket.high, bracket.excess_high = best.kept_fraction, _log_ratio(best.upper_bound or 0.0, session.max_drop)
+        if not best.accepted or bracket.low >= bracket.high:
+            return session.finish(best, best.accepted)
     for number in range(1, config.max_rounds + 1):
         if number > 1 and bracket.is_narrow(config.resolution):
             break
         inner = bracket.next_fractions(config)
-        plans = [plan_for_widths(paths, allocate(problem, float(fraction))) for fraction in inner]
+        widths = [allocate_within(problem, {**limits, problem.objective: float(fraction)}) for fraction in inner]
+        plans = [plan_for_widths(paths, entry) for entry in widths]
         scores = session.score(plans, f"search, round {number}")
         judged = [
             session.judge(problem, plan, score, float(fraction), number)
@@ -281,6 +362,14 @@ def _by_accuracy(
         return session.finish(best, True)
     nearest = min(session.tried, key=lambda candidate: candidate.upper_bound or 0.0)
     return session.finish(nearest, False)
+
+
+def _largest_allowed(
+    problem: AllocationProblem, paths: Mapping[str, SparsityPath], session: _Session, limits: Limits
+) -> Candidate:
+    plan = plan_for_widths(paths, allocate_within(problem, limits))
+    (score,) = session.score([plan], "search, largest")
+    return session.judge(problem, plan, score, problem.fraction(plan.widths()), 1)
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ from entprune.calibration import LayerStatistics, Statistics
 from entprune.errors import ArtifactError, ConfigError, OutputError
 from entprune.moments import InputMoments, Moments, RowMoments
 from entprune.path import PathSetting, SettingPath, SparsityPath
+from entprune.resumption import TrainingState
 
 _BUNDLE_VERSION = "1"
 
@@ -204,6 +205,18 @@ def load_statistics(path: Path) -> dict[str, LayerStatistics]:
             )
             for number, entry in enumerate(content["layers"])
         }
+
+
+def save_training(state: TrainingState, path: Path) -> None:
+    """Store the state of a training run, in the place of an older one; errors as for :func:`write_bundle`."""
+    write_bundle(path, state.arrays, {"kind": "training state", "training": dict(state.content)})
+
+
+def load_training(path: Path) -> TrainingState:
+    """Inverse of :func:`save_training`; errors as for :func:`read_bundle`."""
+    arrays, content = read_bundle(path)
+    with _checked_kind(path, content, "training state"):
+        return TrainingState(arrays=arrays, content=content["training"])
 
 
 def _moments(arrays: Mapping[str, np.ndarray], count: int | None, number: int) -> InputMoments | None:

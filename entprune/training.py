@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from entprune.datasets import ImageData, ImageSplit
 from entprune.errors import ConfigError, DataError
 from entprune.evaluation import Progress, accuracy, locate_model, resolve_device
+from entprune.resumption import TrainingState, capture_arrays, restore_arrays
 
 # (logits, augmented images, labels) of one batch -> loss
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+OnEpoch = Callable[[TrainingState], None]
 
 _WARM_UP_FRACTION = 0.25
 _MOMENTUM = 0.9
@@ -128,6 +130,10 @@ def fit(
     loss_function: LossFunction,
     config: TrainConfig,
     progress: Progress | None = None,
+    *,
+    state: TrainingState | None = None,
+    on_epoch: OnEpoch | None = None,
+    last_epoch: int | None = None,
 ) -> tuple[EpochRecord, ...]:
     """Minimise a loss over some images, changing the network in place; errors as for :func:`train`.
 
@@ -138,30 +144,73 @@ def fit(
         loss_function: gets logits (n, classes), augmented images (n, c, h, w) and labels (n,) on the training device.
         config: the recipe; its label smoothing is up to the loss function.
         progress: called after each step with the steps done, their total and a text.
+        state: of the same run after some epoch; it goes on from there and ends with the weights, bit by bit, that it
+            would have had undisturbed.
+        on_epoch: called after each epoch with the state to go on from.
+        last_epoch: stop after this one, with the schedule of all of them.
 
     Returns:
         One record for each epoch. The network is left in evaluation mode, on the device it came from.
+
+    Raises:
+        ArtifactError: the state is that of another network.
     """
     if len(indices) < 2:
         raise DataError(f"training: expected at least 2 images, got {len(indices)}; give more training data.")
     home, device = locate_model(model), resolve_device(config.device)
     model.to(device).train()
     steps_per_epoch = max(1, len(indices) // config.batch_size)
-    loop = _Loop(model, split, loss_function, config, device, config.epochs * steps_per_epoch)
-    order_generator = np.random.default_rng(config.seed)
-    history: list[EpochRecord] = []
     with _seeded_dropout(config.seed, device):
-        for epoch in range(1, config.epochs + 1):
-            order = order_generator.permutation(indices)
+        loop = _Loop(model, split, loss_function, config, device, config.epochs * steps_per_epoch)
+        loop.use_fastest_format(indices[:2])
+        if state is not None:
+            loop.restore(state)
+        for epoch in range(len(loop.history) + 1, (last_epoch or config.epochs) + 1):
+            order = loop.order_generator.permutation(indices)
             batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-            history.append(_run_epoch(loop, epoch, batches[:steps_per_epoch], progress))
-            if not math.isfinite(history[-1].loss):
-                raise ConfigError(
-                    f"training diverged in epoch {epoch}: expected a finite loss, got {history[-1].loss}; "
-                    f"lower the learning rate (now {config.learning_rate})."
-                )
-    model.to(home).eval()
-    return tuple(history)
+            loop.history.append(_run_epoch(loop, epoch, batches[:steps_per_epoch], progress))
+            _check_finite(loop.history[-1], config)
+            if on_epoch is not None:
+                on_epoch(loop.capture())
+    lay_out(model.to(home), torch.contiguous_format).eval()
+    return tuple(loop.history)
+
+
+def _check_finite(record: EpochRecord, config: TrainConfig) -> None:
+    if not math.isfinite(record.loss):
+        raise ConfigError(
+            f"training diverged in epoch {record.epoch}: expected a finite loss, got {record.loss}; "
+            f"lower the learning rate (now {config.learning_rate})."
+        )
+
+
+def fastest_format(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """Return channels_last for networks with convolutions, which then run faster on CPUs and GPUs.
+
+    A network whose code counts on the ordinary order (`x.view(n, -1)` behind a convolution) gets that: a copy is tried
+    on the images.
+
+    Args:
+        model: network on the images' device.
+        images: (n, c, h, w), at least two.
+    """
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return torch.contiguous_format
+    trial = lay_out(copy.deepcopy(model), torch.channels_last)
+    try:
+        with torch.no_grad():
+            trial(images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:  # what a view of another order raises
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def lay_out(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """Put the network's parameters of rank 4 into a memory format, in place, and return it."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+    return model
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -238,25 +287,62 @@ class _Loop:
         total_steps: int,
     ) -> None:
         self.model, self.split, self.loss_function = model, split, loss_function
-        self.device, self.is_augmented, self.total_steps = device, config.augment, total_steps
+        self.config, self.device, self.total_steps = config, device, total_steps
         self.is_mixed = has_native_bfloat16(device) if config.amp is None else config.amp
+        self.memory_format = torch.contiguous_format
         self.optimiser = _make_optimiser(model, config)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: one_cycle(step, total_steps))
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.order_generator = np.random.default_rng(config.seed)
+        self.steps = 0
+        self.history: list[EpochRecord] = []
 
     def step(self, indices: npt.NDArray[np.int64]) -> Tensor:
         """Train on one batch; returns its loss and its number of correct images, (2,), on the training device."""
         images = self.split.batch(indices).to(self.device)
-        images = augment(images, self.generator) if self.is_augmented else images
+        images = augment(images, self.generator) if self.config.augment else images
+        images = images.contiguous(memory_format=self.memory_format)
         labels = torch.from_numpy(self.split.labels[indices]).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_mixed):
             logits = self.model(images).float()
             loss = self.loss_function(logits, images, labels)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.learning_rate * one_cycle(self.steps, self.total_steps)
         self.optimiser.zero_grad()
         torch.autograd.backward(loss)
         self.optimiser.step()
-        self.schedule.step()
+        self.steps += 1
         return torch.stack((loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()))
+
+    def capture(self) -> TrainingState:
+        """The state to go on from."""
+        content = {
+            "epoch": len(self.history),
+            "steps": self.steps,
+            "history": [asdict(record) for record in self.history],
+            "order": self.order_generator.bit_generator.state,
+        }
+        generators = {"augmentation": self.generator.get_state(), "cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        return TrainingState(arrays=capture_arrays(self.model, self.optimiser, generators), content=content)
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from a state."""
+        generators = restore_arrays(state.arrays, self.model, self.optimiser)
+        self.generator.set_state(generators["augmentation"])
+        torch.set_rng_state(generators["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(generators["cuda"], self.device)
+        self.order_generator.bit_generator.state = dict(state.content["order"])
+        self.steps = int(state.content["steps"])
+        self.history = [EpochRecord(**entry) for entry in state.content["history"]]
+
+    def use_fastest_format(self, indices: npt.NDArray[np.int64]) -> None:
+        """Choose by a trial on some images; the generators draw the same numbers whether or not it drew some."""
+        images = self.split.batch(indices).to(self.device)
+        with _forked_generators(self.device), torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_mixed):
+            self.memory_format = fastest_format(self.model, images)
+        lay_out(self.model, self.memory_format)
 
 
 def _run_epoch(
@@ -298,9 +384,16 @@ def _shifted_positions(num_images: int, length: int, fraction: int, generator: t
 @contextmanager
 def _seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators that dropout draws from, and put their state back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
+    with _forked_generators(device):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _forked_generators(device: torch.device) -> Iterator[None]:
+    """Put the state of the global generators back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
         yield

@@ -137,10 +137,20 @@ def prune(
     macs_removed: Annotated[
         float | None, typer.Option(metavar="FRACTION", help="Remove this fraction of the multiply-accumulates.")
     ] = None,
+    latency_removed: Annotated[
+        float | None, typer.Option(metavar="FRACTION", help="Remove this fraction of the CPU latency, measured here.")
+    ] = None,
+    latency_batch: Annotated[int, typer.Option(metavar="N", help="Images at once where latency is measured.")] = 64,
     data_root: DataRootOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
     finetune_epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of distillation afterwards.")] = 0,
+    finetune_lr: Annotated[
+        float | None, typer.Option(metavar="X", help="Peak of its learning rate; 0.02 by default.")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", help="Prune and fine-tune in turns, so often; for very small networks.")
+    ] = 1,
     calibration_samples: Annotated[
         int | None, typer.Option(metavar="N", help="Training images that the statistics are taken from.")
     ] = None,
@@ -170,12 +180,15 @@ def prune(
 ) -> int:
     """Prune a network to a budget and write the smaller one with its evidence.
 
-    Give exactly one of --max-accuracy-drop, --parameters-removed and --macs-removed.
+    Give --max-accuracy-drop, --parameters-removed, --macs-removed or --latency-removed, or several of them: then the
+    smallest network is searched that loses at most so much and removes at least so much.
     """
     options = {
         "model": model, "checkpoint": checkpoint, "data": data, "data_root": data_root,
         "mean": numbers("mean", mean), "std": numbers("std", std), "max_accuracy_drop": max_accuracy_drop,
-        "parameters_removed": parameters_removed, "macs_removed": macs_removed, "finetune_epochs": finetune_epochs,
+        "parameters_removed": parameters_removed, "macs_removed": macs_removed,
+        "latency_removed": latency_removed, "latency_batch": latency_batch, "finetune_epochs": finetune_epochs,
+        "finetune_learning_rate": finetune_lr, "rounds": rounds,
         "calibration_samples": calibration_samples, "validation_samples": validation_samples, "workers": workers,
         "gpus_per_worker": gpus_per_worker, "ray_address": ray_address, "device": device, "register": register,
         "seed": seed, "keep": tuple(keep or ()), "round_to": round_to, "minimum_channels": min_channels,

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from entprune import Budget, PruneConfig
 from entprune.errors import ConfigError
+from entprune.finetune import FinetuneConfig
 
 _DEFAULTS = PruneConfig()
+_FINETUNING = FinetuneConfig()
 _REGISTRY_NAME = re.compile(r"[^/:\s]([^/:]*[^/:\s])?")
 _OWN_FIELDS = (
     "calibration_samples", "validation_samples", "device", "seed", "keep", "round_to", "minimum_channels",
@@ -30,8 +32,11 @@ with warnings.catch_warnings():
             model: model specification.
             checkpoint: file with its parameters.
             data: data specification; `data_root`, `mean` and `std` go with it.
-            max_accuracy_drop, parameters_removed, macs_removed: the budget, exactly one of them.
-            finetune_epochs: epochs of distillation after pruning.
+            max_accuracy_drop, parameters_removed, macs_removed, latency_removed: the budget, at least one of them.
+            latency_batch: images in one forward pass where latency is measured.
+            finetune_epochs: epochs of distillation after pruning; `finetune_learning_rate`, `finetune_optimiser` and
+                `finetune_batch_size` go with it.
+            rounds: how often to prune and to tune in turns.
             workers: Ray actors; None for as many as the cluster's CPUs allow.
             gpus_per_worker: GPUs that each of them reserves, a fraction where several share one.
             ray_address: cluster to join; None for RAY_ADDRESS, or else a cluster of this machine's own.
@@ -56,7 +61,13 @@ with warnings.catch_warnings():
         max_accuracy_drop: float | None = None
         parameters_removed: float | None = None
         macs_removed: float | None = None
+        latency_removed: float | None = None
+        latency_batch: int = 64
         finetune_epochs: int = Field(default=0, ge=0)
+        rounds: int = Field(default=1, ge=1)
+        finetune_learning_rate: float = _FINETUNING.learning_rate
+        finetune_optimiser: str = _FINETUNING.optimiser
+        finetune_batch_size: int = _FINETUNING.batch_size
         calibration_samples: int = Field(default=_DEFAULTS.calibration_samples, ge=1)
         validation_samples: int = Field(default=_DEFAULTS.validation_samples, ge=1)
         workers: int | None = Field(default=None, ge=1)
@@ -92,19 +103,42 @@ with warnings.catch_warnings():
         def _check_derived(self) -> Self:
             self.budget()
             self.config()
+            self.finetuning()
+            if self.rounds > 1 and not self.finetune_epochs:
+                raise ConfigError(
+                    f"--rounds {self.rounds} needs tuning between the rounds, got --finetune-epochs 0; give at least 1."
+                )
             return self
 
         def budget(self) -> Budget:
             """The user's budget.
 
             Raises:
-                ConfigError: none or several were given, or one out of range.
+                ConfigError: none was given, or one is out of range.
             """
             return Budget(
                 max_accuracy_drop=self.max_accuracy_drop,
                 parameters_removed=self.parameters_removed,
                 macs_removed=self.macs_removed,
+                latency_removed=self.latency_removed,
+                latency_batch=self.latency_batch,
             )
+
+        def finetuning(self) -> FinetuneConfig | None:
+            """Recipe of the fine-tuning, None without.
+
+            Raises:
+                ConfigError: a setting is out of range, whether or not it is used.
+            """
+            recipe = FinetuneConfig(
+                epochs=max(self.finetune_epochs, 1),
+                learning_rate=self.finetune_learning_rate,
+                optimiser=self.finetune_optimiser,
+                batch_size=self.finetune_batch_size,
+                seed=self.seed,
+                device=self.device,
+            )
+            return recipe if self.finetune_epochs else None
 
         def config(self) -> PruneConfig:
             """Settings of the library's stages.

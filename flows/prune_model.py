@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,20 @@ from entprune.certificate import Certificate
 from entprune.errors import EngineError
 from entprune.evaluation import Measurement
 from entprune.finetune import FinetuneConfig
-from entprune.path import SparsityPath
-from entprune.pruning import RunFacts, build_report, build_smaller
-from entprune.search import SearchResult
+from entprune.plan import PruningPlan
+from entprune.pruning import RunFacts, build_report
 from entprune.storage import staging_directory
 from flows.environment import cache_folder, code_version
 from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
+from flows.rounds import Pruned, Rounds, prune_in_rounds, prune_once
 from flows.workers import lone_worker_threads, start_workers, worker_config
 from tasks import stages, tracking
 from tasks.actors import accept_read_only_arrays
 from tasks.progress import StageClock
 from tasks.stages import Engine, Workload
 from tasks.store import Store
+from tasks.tuning import finetune
 
 _logger = logging.getLogger(__name__)
 
@@ -43,20 +44,20 @@ class Outcome:
     """What the stages of one run found.
 
     Attributes:
-        paths: sparsity path of each group.
-        found: what the search tried and chose.
-        validation_accuracy: of the dense network, percent.
-        certificate: of the network that is handed out.
+        pruned: the (first) pruning of the dense network.
+        plan: of the network that is handed out, against the dense one.
+        certificate: of that network.
         models: "dense", "one_shot" and, if asked for, "fine_tuned".
         measured: their figures on the test split.
+        rounds: of a run that prunes and tunes in turns.
     """
 
-    paths: Mapping[str, SparsityPath]
-    found: SearchResult
-    validation_accuracy: float
+    pruned: Pruned
+    plan: PruningPlan
     certificate: Certificate
     models: Mapping[str, nn.Module]
     measured: Mapping[str, Measurement]
+    rounds: Rounds | None = None
 
     @property
     def result(self) -> nn.Module:
@@ -93,25 +94,38 @@ def prune_model(parameters: PruneParameters) -> dict[str, Any]:
 
 def _run_stages(parameters: PruneParameters, work: Workload, engine: Engine) -> Outcome:
     """Everything between the inputs and the files."""
-    known = stages.recall_paths(work, engine.store)
-    is_solved = len(known) == len(work.network.groups.groups) * len(work.config.settings)
-    calibration = stages.calibrate(work, engine, needs_moments=not is_solved)
-    paths = stages.solve(work, engine, calibration, known)
-    calibration.drop_moments(work.network)
-    found, validation_accuracy = stages.search(work, engine, calibration, paths)
-    models: dict[str, nn.Module] = {"dense": work.network.model, "one_shot": build_smaller(work.network, found)}
-    certificate = stages.certify(work, engine, models["one_shot"], found.chosen.plan)
-    if parameters.finetune_epochs:
-        finetuning = FinetuneConfig(epochs=parameters.finetune_epochs, seed=parameters.seed, device=work.config.device)
-        models["fine_tuned"] = stages.finetune(work, engine, models["one_shot"], finetuning)
-        certificate = stages.certify(work, engine, models["fine_tuned"], found.chosen.plan)
+    finetuning = parameters.finetuning()
+    if finetuning is not None:
+        finetuning = replace(finetuning, device=work.config.device)
+    if finetuning is not None and parameters.rounds > 1:
+        return _run_rounds(work, engine, finetuning, parameters.rounds)
+    pruned = prune_once(work, engine)
+    plan = pruned.found.chosen.plan
+    models: dict[str, nn.Module] = {"dense": work.network.model, "one_shot": pruned.model}
+    certificate = stages.certify(work, engine, pruned.model, plan)
+    if finetuning is not None:
+        models["fine_tuned"] = finetune(work, engine, pruned.model, finetuning)
+        certificate = stages.certify(work, engine, models["fine_tuned"], plan)
     return Outcome(
-        paths=paths,
-        found=found,
-        validation_accuracy=validation_accuracy,
+        pruned=pruned,
+        plan=plan,
         certificate=certificate,
         models=models,
         measured=stages.measure(work, engine, models),
+    )
+
+
+def _run_rounds(work: Workload, engine: Engine, finetuning: FinetuneConfig, num_rounds: int) -> Outcome:
+    """The same with pruning and tuning in turns."""
+    rounds = prune_in_rounds(work, engine, finetuning, num_rounds)
+    models = {"dense": work.network.model, "one_shot": rounds.first.model, "fine_tuned": rounds.tuned}
+    return Outcome(
+        pruned=rounds.first,
+        plan=rounds.plan,
+        certificate=stages.certify(work, engine, rounds.tuned, rounds.plan),
+        models=models,
+        measured=stages.measure(work, engine, models),
+        rounds=rounds,
     )
 
 
@@ -122,17 +136,17 @@ def _publish(
     parameters: PruneParameters, work: Workload, outcome: Outcome, run_id: str, clock: StageClock
 ) -> dict[str, Any]:
     """Write the output folder, log and register; the folder appears when all of it succeeded."""
-    plan, card = outcome.found.chosen.plan, work.card(parameters.model)
+    plan, card = outcome.plan, work.card(parameters.model)
     lineage = _lineage(work) | {"mlflow_run_id": run_id, "registered_version": None}
     content = _report(parameters, work, outcome, lineage, clock)
     with staging_directory(parameters.output, marker=REPORT_NAME) as folder, clock.stage("publish"):
         stages.save(outcome.result, plan, card, folder / "model", extra={"lineage": lineage})
-        stages.track(run_id, content, outcome.paths)
+        stages.track(run_id, content, outcome.pruned.paths)
         if parameters.register is not None:
             tags = _version_tags(content)
             version = stages.register(run_id, outcome.result, work, parameters.register, card=card, tags=tags)
             content["lineage"]["registered_version"] = version
-        stages.report(content, outcome.paths, folder)
+        stages.report(content, outcome.pruned.paths, folder)
         tracking.log_artifacts(run_id, folder)
         written: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
     return written
@@ -145,11 +159,14 @@ def _report(
     return build_report(
         RunFacts(
             network=work.network,
-            paths=outcome.paths,
-            found=outcome.found,
+            paths=outcome.pruned.paths,
+            found=outcome.pruned.found,
             certificate=outcome.certificate,
             budget=work.budget,
             config=work.config,
+            plan=outcome.plan,
+            rounds=() if outcome.rounds is None else outcome.rounds.records,
+            chosen_round=None if outcome.rounds is None else outcome.rounds.chosen,
         ),
         dense=outcome.measured["dense"],
         one_shot=outcome.measured["one_shot"],
@@ -164,7 +181,7 @@ def _report(
             "validation_samples": len(work.validation),
             "test_samples": len(work.test),
         },
-        validation_accuracy=outcome.validation_accuracy,
+        validation_accuracy=outcome.pruned.validation_accuracy,
         timings=clock.timings(),
         lineage=lineage,
     )

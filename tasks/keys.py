@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,8 +28,9 @@ STAGE_VERSIONS = {
     "moments": 2,
     "paths": 4,
     "candidates": 5,
+    "latencies": 1,
     "logits": 1,
-    "finetuned": 1,
+    "finetuned": 2,
 }
 
 
@@ -66,6 +68,12 @@ class StageKeys:
         refit = {**asdict(self.config.refit()), **self._residuals()}
         inputs = {**self._statistics(), "plan": plan.digest(), "refit": refit, "validation": self.validation}
         return content_key("candidates", inputs)
+
+    def latency(self, plan: PruningPlan, batch_size: int) -> str:
+        """Time that a plan's network takes, which depends on the machine."""
+        machine = [platform.node(), platform.processor(), platform.machine()]
+        inputs = {"network": self.network, "plan": plan.digest(), "batch_size": batch_size, "machine": machine}
+        return content_key("latencies", {**inputs, "threads": self.config.threads})
 
     def logits(self, model: nn.Module, images: str) -> str:
         """Which images a network classifies correctly."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-import torch
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from torch import nn
@@ -19,17 +19,17 @@ from entprune.artifact import ModelCard, save_model
 from entprune.assembly import RefitData
 from entprune.calibration import LayerStatistics, Statistics
 from entprune.certificate import Certificate
-from entprune.checkpoints import load_plain_state
 from entprune.config import Budget, PruneConfig
 from entprune.datasets import ArraySplit, ImageData, ImageSplit, split_training
 from entprune.errors import CertificateError, EntpruneError
 from entprune.evaluation import Measurement, count_macs, count_parameters, measure_latency
-from entprune.finetune import FinetuneConfig
+from entprune.latency import measure_kept_latency
 from entprune.path import SettingPath, SparsityPath
 from entprune.plan import PruningPlan
 from entprune.pruning import certify_result
 from entprune.report import write_report
-from entprune.runner import Work, torch_threads
+from entprune.rounds import RoundRecord, judge_round
+from entprune.runner import torch_threads
 from entprune.search import SearchResult
 from entprune.search import search as search_budget
 from entprune.selection import DenseReference, StopRule
@@ -39,6 +39,7 @@ from entprune.stages import (
     ImageSet,
     Network,
     SolveKey,
+    analyse,
     answers_only,
     dense_reference,
     is_correct,
@@ -60,7 +61,6 @@ from tasks.actors import RayRunner
 from tasks.keys import StageKeys, hash_images, hash_network
 from tasks.progress import StageClock
 from tasks.store import Store
-from tasks.units import FinetuneJob, finetune_student
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -115,6 +115,15 @@ class Workload:
             config=config,
         )
 
+    def start_round(self, model: nn.Module, budget: Budget) -> Workload:
+        """The same images and settings for a network that was pruned and tuned before."""
+        later = copy.copy(self)
+        later.budget = budget
+        if model is not self.network.model:
+            later.network = analyse(model, self.network.input_shape, self.config)
+            later.keys = dataclasses.replace(self.keys, network=hash_network(later.network.model))
+        return later
+
     def card(self, model_spec: str) -> ModelCard:
         """What the portable artifact needs to know."""
         data = self.data
@@ -156,6 +165,16 @@ class Engine:
     def __init__(self, runner: RayRunner, store: Store, clock: StageClock, *, finetune_threads: int = 1) -> None:
         self.runner, self.store, self.clock = runner, store, clock
         self.finetune_threads = finetune_threads
+
+    @contextmanager
+    def counting(self, step: str, number: int, total: int) -> Iterator[None]:
+        """Report the one unit that is run inside as one of several that follow each other."""
+        before = self.runner.progress
+        self.runner.progress = lambda *_: self.clock.advance(step, number, total)
+        try:
+            yield
+        finally:
+            self.runner.progress = before
 
 
 def is_worth_retrying(_: Any, __: Any, state: Any) -> bool:
@@ -253,14 +272,23 @@ def solve(
 
 @stage_task("search")
 def search(
-    work: Workload, engine: Engine, calibration: Calibration, paths: Mapping[str, SparsityPath]
+    work: Workload,
+    engine: Engine,
+    calibration: Calibration,
+    paths: Mapping[str, SparsityPath],
+    *,
+    origin: Workload | None = None,
 ) -> tuple[SearchResult, float]:
-    """The smallest network within the budget, and the dense network's accuracy on the validation images."""
+    """The smallest network within the budget, and the dense network's accuracy on the validation images.
+
+    Args:
+        work: what is pruned.
+        engine: runs it.
+        calibration, paths: of this network.
+        origin: in a later round, the workload of the original dense network that accuracy and floors refer to.
+    """
     with engine.clock.stage("search"):
-        dense = logits_of(
-            work, engine, work.network.model, work.validation, work.keys.validation, step="validate dense"
-        )
-        reference = dense_reference(dense, work.validation, work.config)
+        reference = _reference(origin or work, engine)
         job = _candidate_job(work, calibration.statistics, reference)
         found = search_budget(
             paths,
@@ -271,9 +299,39 @@ def search(
             engine.runner,
             known=lambda plan: recall_score(job, engine.store, work.keys.candidate(plan)),
             on_score=lambda plan, score: keep_score(engine.store, work.keys.candidate(plan), score),
+            kept_latency=partial(kept_latency, work, engine),
+            dense_widths={group.name: group.num_channels for group in (origin or work).network.groups.groups},
         )
         engine.clock.summarise(f"{len(found.candidates)} networks tried")
         return found, reference.accuracy()
+
+
+def _reference(work: Workload, engine: Engine) -> DenseReference:
+    """The dense network's answers on the validation images."""
+    model, key = work.network.model, work.keys.validation
+    logits = logits_of(work, engine, model, work.validation, key, step="validate dense")
+    return dense_reference(logits, work.validation, work.config)
+
+
+def kept_latency(work: Workload, engine: Engine, plan: PruningPlan) -> float:
+    """Fraction of the dense network's latency that a plan keeps.
+
+    It is measured once on each machine, so that a resumed run goes on with the plans that it began with.
+    """
+    batch_size = work.budget.latency_batch
+
+    def compute() -> np.ndarray:
+        engine.runner.settle()
+        return np.array([measure_kept_latency(work.network, plan, batch_size, work.config.threads)])
+
+    stored = engine.store.remember(
+        "latencies",
+        work.keys.latency(plan, batch_size),
+        compute,
+        load=lambda path: read_bundle(path)[0]["kept"],
+        save=lambda kept, path: write_bundle(path, {"kept": kept}, {"kind": "latency"}),
+    )
+    return float(stored[0])
 
 
 def _candidate_job(work: Workload, statistics: Statistics, reference: DenseReference) -> CandidateJob:
@@ -330,7 +388,7 @@ def logits_of(
     )
 
 
-# --- certify, fine-tune, measure --------------------------------------------------------------------------------------
+# --- certify, measure -------------------------------------------------------------------------------------------------
 
 
 @stage_task("certify")
@@ -351,41 +409,21 @@ def certify(work: Workload, engine: Engine, smaller: nn.Module, plan: PruningPla
         return certificate
 
 
-@stage_task("finetune")
-def finetune(work: Workload, engine: Engine, smaller: nn.Module, config: FinetuneConfig) -> nn.Module:
-    """Train the smaller network on with the dense one as its teacher, on one worker with all cores to itself."""
-
-    def compute() -> dict[str, np.ndarray]:
-        job = FinetuneJob(
-            student=smaller,
-            teacher=work.network.model,
-            split=work.data.train,
-            validation_indices=work.validation_indices,
-            threads=engine.finetune_threads,
-        )
-        handle = engine.runner.share(job)
-        try:
-            (state,) = engine.runner.run(finetune_student, [Work(shared=handle, item=config)], stage="finetune")
-        finally:
-            engine.runner.release(handle)
-        return state
-
-    with engine.clock.stage("finetune"):
-        state = engine.store.remember(
-            "finetuned",
-            work.keys.finetuned(smaller, config, work.keys.validation),
-            compute,
-            load=lambda path: read_bundle(path)[0],
-            save=lambda state, path: write_bundle(path, state, {"kind": "fine-tuned weights"}),
-        )
-        return load_arrays(smaller, state)
-
-
-def load_arrays(like: nn.Module, state: Mapping[str, np.ndarray]) -> nn.Module:
-    """A copy of a network with other weights, in eval mode."""
-    loaded = copy.deepcopy(like)
-    load_plain_state(loaded, {name: torch.from_numpy(np.array(value)) for name, value in state.items()})
-    return loaded.eval()
+@stage_task("validate")
+def validate(
+    work: Workload, engine: Engine, tuned: nn.Module, plan: PruningPlan, *, number: int, networks_tried: int
+) -> RoundRecord:
+    """Measure what a round came to against the original dense network, whose workload this is."""
+    with engine.clock.stage("validate"):
+        logits = logits_of(work, engine, tuned, work.validation, work.keys.validation, step=f"validate round {number}")
+        asks_latency = work.budget.latency_removed is not None
+        record = judge_round(
+            number, plan, logits,
+            network=work.network, reference=_reference(work, engine), budget=work.budget, config=work.config,
+            latency_kept=kept_latency(work, engine, plan) if asks_latency else None, networks_tried=networks_tried,
+        )  # fmt: skip
+        engine.clock.summarise(f"round {number}: {record.parameters:,} parameters, drop {record.accuracy_drop:.2f}")
+        return record
 
 
 @stage_task("measure")
@@ -432,6 +470,9 @@ def track(run_id: str, content: Mapping[str, Any], paths: Mapping[str, SparsityP
     tracking.log_stage(run_id, {**figures, **others})
     for number, candidate in enumerate(content["candidates"], start=1):
         tracking.log_stage(run_id, {"candidate": {k: v for k, v in candidate.items() if k != "widths"}}, step=number)
+    for entry in content["rounds"]:
+        figures = {name: value for name, value in entry.items() if name not in {"widths", "budgets_missed"}}
+        tracking.log_stage(run_id, {"round": figures}, step=entry["round"])
     tracking.log_groups(run_id, content)
     tracking.log_paths(run_id, paths)
 

@@ -54,8 +54,12 @@ class Store:
         return value
 
     def keep(self, stage: str, key: str, save: Callable[[Path], None]) -> None:
-        """Store a result that will not change; that it cannot be stored is logged and fails no run."""
+        """Store a result, in the place of an older one; that it cannot be stored is logged and fails no run."""
         self._writer.submit(self._save, stage, key, save)
+
+    def discard(self, stage: str, key: str) -> None:
+        """Delete a result that is needed no more, once everything that was kept before is written."""
+        self._writer.submit(self._delete, self.path(stage, key))
 
     def flush(self) -> None:
         """Wait until everything that was kept so far is written."""

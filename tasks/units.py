@@ -9,8 +9,8 @@ from torch import nn
 
 from entprune.evaluation import ImageSplit
 from entprune.finetune import FinetuneConfig, finetune
+from entprune.resumption import TrainingState
 from entprune.runner import torch_threads
-from entprune.stages import state_arrays
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,8 +31,30 @@ class FinetuneJob:
     threads: int
 
 
-def finetune_student(job: FinetuneJob, config: FinetuneConfig) -> dict[str, np.ndarray]:
-    """Unit: the student's weights after fine-tuning, name to array."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EpochItem:
+    """Which epoch is fine-tuned.
+
+    Attributes:
+        config: of the whole run.
+        state: after the epoch before, None at the start.
+    """
+
+    config: FinetuneConfig
+    state: TrainingState | None
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, from 1."""
+        return 1 if self.state is None else self.state.epoch + 1
+
+
+def finetune_epoch(job: FinetuneJob, item: EpochItem) -> TrainingState:
+    """Unit: one epoch of fine-tuning; returns the state after it."""
+    states: list[TrainingState] = []
     with torch_threads(job.threads):
-        tuned = finetune(job.student, job.teacher, job.split, config, validation_indices=job.validation_indices)
-    return state_arrays(tuned)
+        finetune(
+            job.student, job.teacher, job.split, item.config, validation_indices=job.validation_indices,
+            state=item.state, on_epoch=states.append, last_epoch=item.epoch,
+        )  # fmt: skip
+    return states[-1]

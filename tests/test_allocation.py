@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from entprune.allocation import AllocationProblem, CostModel, LayerCost, Objective, allocate, build_cost_model
+from entprune.allocation import (
+    AllocationProblem,
+    CostModel,
+    LayerCost,
+    Objective,
+    allocate,
+    allocate_within,
+    build_cost_model,
+)
 from entprune.assembly import slice_network
 from entprune.errors import ConfigError
 from entprune.evaluation import count_macs, count_parameters
@@ -198,3 +206,45 @@ def test_least_widths_beyond_the_dense_ones_keep_the_group_whole() -> None:
 def test_fraction_out_of_range_is_explained(fraction: float) -> None:
     with pytest.raises(ConfigError, match=r"expected a kept fraction in \(0, 1\], got"):
         allocate(chain_problem([4], 0), fraction)
+
+
+def early_and_late(seed: int) -> AllocationProblem:
+    """Three groups: the first costs MACs, the last parameters."""
+    generator = np.random.default_rng(seed)
+
+    def layer(name: str, positions: int, inputs: str | None, outputs: str | None, ends: int) -> LayerCost:
+        return LayerCost(
+            name=name, taps=9, per_output=1, positions=positions,
+            fixed_inputs=0 if inputs else ends, fixed_outputs=0 if outputs else ends,
+            input_blocks={inputs: 1} if inputs else {}, output_blocks={outputs: 1} if outputs else {},
+        )  # fmt: skip
+
+    layers = (layer("a", 64, None, "x", 3), layer("b", 16, "x", "y", 0), layer("c", 4, "y", "z", 0))
+    cost = CostModel(layers=(*layers, layer("d", 1, "z", None, 40)), untouched_parameters=0)
+    widths = {"x": 8, "y": 9, "z": 12}
+    losses = {n: np.sort(generator.uniform(0, 1, c + 1))[::-1] * (np.arange(c + 1) < c) for n, c in widths.items()}
+    return AllocationProblem(losses=losses, minimum=dict.fromkeys(widths, 1), cost=cost)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("limits", [(0.5, 0.5), (0.3, 0.9), (0.9, 0.3), (0.4, 0.25)])
+def test_two_limits_hold_together_at_a_loss_near_the_least(seed: int, limits: tuple[float, float]) -> None:
+    problem = early_and_late(seed)
+    wanted: dict[Objective, float] = {"parameters": limits[0], "macs": limits[1]}
+    dense = {name: problem.cost.evaluate(problem.full(), name) for name in OBJECTIVES}
+
+    def is_kept(widths: Mapping[str, int]) -> bool:
+        return all(problem.cost.evaluate(widths, name) <= wanted[name] * dense[name] + 1e-6 for name in OBJECTIVES)
+
+    found = allocate_within(problem, wanted)
+    assert is_kept(found)
+    every = itertools.product(*(range(1, len(loss)) for loss in problem.losses.values()))
+    losses = [problem.loss(w) for w in (dict(zip("xyz", entry, strict=True)) for entry in every) if is_kept(w)]
+    assert problem.loss(found) <= 1.3 * min(losses)
+
+
+def test_no_limit_keeps_everything_and_an_unreachable_one_is_explained() -> None:
+    problem = early_and_late(0)
+    assert allocate_within(problem, {}) == problem.full()
+    with pytest.raises(ConfigError, match="of the macs can be removed"):
+        allocate_within(problem, {"parameters": 0.5, "macs": 0.001})

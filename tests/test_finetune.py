@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 from entprune.datasets import ArraySplit
-from entprune.errors import ConfigError, DataError
+from entprune.errors import ArtifactError, ConfigError, DataError
 from entprune.finetune import FinetuneConfig, distillation_loss, finetune
+from entprune.resumption import TrainingState
+from entprune.storage import load_training, save_training
 
 
 def make_split(num_images: int = 48) -> ArraySplit:
@@ -100,6 +103,63 @@ def test_validation_images_are_not_read() -> None:
     )  # fmt: skip
     assert seen == set(range(48)) - set(validation_indices.tolist())
     assert calls == list(range(7, -1, -1))
+
+
+class InterruptedRunError(Exception):
+    """Stands for whatever ends a run early."""
+
+
+def make_dropout_network(width: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.3)]
+    return nn.Sequential(*layers, nn.Conv2d(width, width, 1), nn.Flatten(), nn.Linear(16 * width, 3)).eval()
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_interrupted_run_goes_on_to_the_same_weights(optimiser: str, amp: bool, tmp_path: Path) -> None:
+    split, teacher, student = make_split(), make_network(8, seed=1), make_dropout_network(5, seed=2)
+    config = FinetuneConfig(epochs=3, batch_size=16, optimiser=optimiser, learning_rate=0.01, amp=amp)
+    undisturbed = finetune(student, teacher, split, config)
+
+    def interrupt(done: int, total: int, text: str) -> None:
+        if text == "training, epoch 2":
+            raise InterruptedRunError
+
+    kept = tmp_path / "state.safetensors"
+    with pytest.raises(InterruptedRunError):
+        finetune(student, teacher, split, config, progress=interrupt, on_epoch=lambda state: save_training(state, kept))
+    torch.manual_seed(77)  # another process
+    steps: list[int] = []
+    resumed = finetune(
+        student, teacher, split, config, state=load_training(kept), progress=lambda done, *_: steps.append(done)
+    )
+    assert load_training(kept).epoch == 1
+    assert steps == [4, 5, 6, 7, 8, 9]
+    assert is_same(resumed, undisturbed)
+
+
+def test_epochs_one_by_one_give_the_weights_of_one_run() -> None:
+    split, teacher, student = make_split(), make_network(8, seed=1), make_dropout_network(4, seed=2)
+    config = FinetuneConfig(epochs=3, batch_size=16)
+    states: list[TrainingState] = []
+    for epoch in (1, 2, 3):
+        last = finetune(
+            student, teacher, split, config,
+            state=states[-1] if states else None, on_epoch=states.append, last_epoch=epoch,
+        )  # fmt: skip
+    assert [state.epoch for state in states] == [1, 2, 3]
+    assert is_same(last, finetune(student, teacher, split, config))
+    assert all(np.array_equal(states[-1].network_arrays(last)[k], v.numpy()) for k, v in last.state_dict().items())
+
+
+def test_state_of_another_network_is_refused() -> None:
+    split, teacher = make_split(), make_network(8, seed=1)
+    states: list[TrainingState] = []
+    config = FinetuneConfig(epochs=2, batch_size=16)
+    finetune(make_network(4, seed=2), teacher, split, config, on_epoch=states.append, last_epoch=1)
+    with pytest.raises(ArtifactError, match="expected the tensors of this network"):
+        finetune(make_network(5, seed=2), teacher, split, config, state=states[0])
 
 
 def test_nothing_left_to_train_on_is_explained() -> None:

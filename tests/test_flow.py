@@ -231,6 +231,25 @@ def test_fine_tuned_network_is_measured_beside_the_one_shot_one(
     assert any(not torch.equal(saved[name], one_shot[name]) for name in saved)
 
 
+def test_rounds_prune_and_tune_in_turns_and_are_resumed(ground: Ground) -> None:
+    changes = {"max_accuracy_drop": None, "parameters_removed": 0.9, "finetune_epochs": 1, "rounds": 2}
+    report, recorder = run(ground.parameters("rounds", **changes))
+    assert recorder.finished_stages.count("finetune") == 2
+    first, second = report["rounds"]
+    assert (first["chosen"], second["chosen"]) == (False, True)
+    assert report["one_shot"]["parameters"] == first["parameters"]
+    assert report["fine_tuned"]["parameters"] == second["parameters"]
+    assert 0.68 <= report["one_shot"]["parameters_removed"] < 0.9 <= report["fine_tuned"]["parameters_removed"]
+    assert report["certificate"]["passed"]
+    assert report["budget_met"]
+    assert entprune.PruningPlan.from_dict(report["plan"]).widths() == second["widths"]
+    saved = entprune.load(ground.folder / "rounds" / "model")
+    assert sum(parameter.numel() for parameter in saved.parameters()) == second["parameters"]
+    again, recorder = run(ground.parameters("rounds", **changes))
+    assert recorder.units == []
+    assert again["plan"] == report["plan"]
+
+
 # --- failing ----------------------------------------------------------------------------------------------------------
 
 

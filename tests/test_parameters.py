@@ -55,8 +55,10 @@ def test_parameters_survive_json() -> None:
         ({"overrides": {"resolution": 0.5}}, "resolution must exceed 1, got 0.5"),
         ({"overrides": {"threads": "many"}}, "^overrides: .*see entprune.PruneConfig"),
         ({"overrides": {"settings": [{"colour": 1}]}}, "^overrides: .*colour"),
-        ({"macs_removed": 0.5}, "exactly one budget .* got 2"),
-        ({"max_accuracy_drop": None}, "exactly one budget .* got 0"),
+        ({"max_accuracy_drop": None}, "expected a budget, got none; give --max-accuracy-drop"),
+        ({"latency_removed": 0.5, "latency_batch": 0}, "--latency-batch must be at least 1, got 0"),
+        ({"rounds": 2}, "--rounds 2 needs tuning between the rounds, got --finetune-epochs 0"),
+        ({"finetune_learning_rate": 0.0}, "expected learning_rate > 0, got 0.0"),
         ({"max_accuracy_drop": -1}, r"--max-accuracy-drop is accuracy points in \[0, 100\), got -1"),
     ],
 )

@@ -353,6 +353,14 @@ def test_report_without_faults_has_no_warnings() -> None:
     [
         ({"budget_met": False}, "The budget was not met: asked was the smallest network that loses at most 0.5 points"),
         (
+            {
+                "budget_met": False,
+                "budget": {"max_accuracy_drop": 0.5, "latency_removed": 0.4, "latency_batch": 8},
+                "budgets_missed": ["latency_removed"],
+            },
+            "and is without at least 40.0 % of its latency at batch size 8. What failed is the budget of latency.",
+        ),
+        (
             {"certificate": {"max_abs_difference": 0.3, "tolerance": 1e-4, "num_images": 32, "passed": False}},
             "The certificate failed.*Do not use this network",
         ),

@@ -292,3 +292,89 @@ def test_unreachable_size_budget_is_explained() -> None:
 )
 def test_search_ends_when_kept_and_removed_are_both_known(low: float, high: float, narrow: bool) -> None:
     assert _Bracket(low=low, high=high).is_narrow(1.08) is narrow
+
+
+# --- several budgets -------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Latency goes with the MACs, with a part that stays."""
+
+    def __init__(self, fixed: float = 0.1) -> None:
+        self.fixed, self.measured = fixed, list[PruningPlan]()
+
+    def __call__(self, plan: PruningPlan) -> float:
+        self.measured.append(plan)
+        return self.fixed + (1 - self.fixed) * chain_cost().macs(plan.widths()) / chain_cost().macs(WIDTHS)
+
+
+def search_for(scorer: Scorer, budget: Budget, **options: Any) -> SearchResult:
+    return search(PATHS, chain_cost(), job_of(budget.max_accuracy_drop), budget, CONFIG, scorer, **options)
+
+
+def share_removed(found: SearchResult) -> float:
+    return 1 - found.chosen.parameters / DENSE
+
+
+def test_accuracy_decides_where_it_allows_more_than_the_size_asks() -> None:
+    scorer = Scorer(lambda share: 0.0 if share >= 0.3 else 0.5)
+    found = search_for(scorer, Budget(max_accuracy_drop=1.0, parameters_removed=0.4))
+    assert found.budget_met
+    assert 0.6 <= share_removed(found) <= 0.7
+
+
+def test_size_is_met_where_accuracy_would_allow_just_that() -> None:
+    scorer = Scorer(lambda share: 0.0 if share >= 0.55 else 0.5)
+    found = search_for(scorer, Budget(max_accuracy_drop=1.0, parameters_removed=0.4))
+    assert found.budget_met
+    assert share_removed(found) >= 0.4
+
+
+def test_impossible_pair_removes_what_was_asked_and_says_that_accuracy_failed() -> None:
+    scorer = Scorer(lambda share: 0.0 if share >= 0.7 else 0.5)
+    found = search_for(scorer, Budget(max_accuracy_drop=1.0, parameters_removed=0.4))
+    assert not found.budget_met
+    assert found.chosen.missed == ("max_accuracy_drop",)
+    assert 0.4 <= share_removed(found) <= 0.46
+    assert len(scorer.scored) == 1  # everything smaller loses more
+
+
+def test_latency_alone_removes_no_more_than_it_must() -> None:
+    scorer, clock = Scorer(lambda _: 0.0), Clock()
+    found = search_for(scorer, Budget(latency_removed=0.5), kept_latency=clock)
+    assert found.budget_met
+    assert len(scorer.scored) == 1
+    assert found.chosen.latency_kept is not None
+    assert 0.5 / 1.08 <= found.chosen.latency_kept <= 0.5
+    digests = [plan.digest() for plan in clock.measured]
+    assert len(digests) == len(set(digests))
+
+
+def test_latency_size_and_accuracy_hold_together() -> None:
+    scorer = Scorer(lambda share: 0.0 if share >= 0.2 else 0.5)
+    budget = Budget(max_accuracy_drop=1.0, parameters_removed=0.3, latency_removed=0.6)
+    found = search_for(scorer, budget, kept_latency=Clock())
+    assert found.budget_met
+    assert found.chosen.latency_kept is not None
+    assert found.chosen.latency_kept <= 0.4
+    assert share_removed(found) >= 0.3
+    assert found.chosen.parameters >= 0.2 * DENSE
+
+
+def test_unreachable_latency_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"at most \d+\.\d% of the latency can be removed .*, 60\.0% was asked"):
+        search_for(Scorer(lambda _: 0.0), Budget(latency_removed=0.6), kept_latency=Clock(fixed=0.5))
+
+
+def test_latency_that_turns_out_too_long_is_refused() -> None:
+    scorer, clock = Scorer(lambda share: 0.0 if share > 0.3 else 0.5), Clock()
+
+    def uneven(plan: PruningPlan) -> float:
+        return 0.8 if len(scorer.scored) > 1 else clock(plan)  # whatever is narrower than asked takes longer
+
+    found = search_for(scorer, Budget(max_accuracy_drop=1.0, latency_removed=0.5), kept_latency=uneven)
+    assert found.budget_met
+    assert found.chosen is found.candidates[0]
+    assert found.chosen.latency_kept is not None
+    assert found.chosen.latency_kept <= 0.5
+    assert ("latency_removed",) in {candidate.missed for candidate in found.candidates}

@@ -114,6 +114,50 @@ def test_bfloat16_can_be_forced_and_changes_the_outcome() -> None:
     assert not is_same(exact, mixed)
 
 
+class Viewing(nn.Module):
+    """Counts on the ordinary order of an activation in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(64, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(images).view(len(images), -1))
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)), torch.channels_last),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), torch.contiguous_format),
+        (Viewing(), torch.contiguous_format),
+    ],
+)
+def test_images_come_in_the_memory_format_that_the_network_can_read(
+    network: nn.Module, expected: torch.memory_format
+) -> None:
+    data = np.random.default_rng(0).normal(size=(16, 3, 4, 4)).astype(np.float32)
+    split = ArraySplit(images=data, labels=np.arange(16, dtype=np.int64) % 2, mean=(0.0,) * 3, std=(1.0,) * 3)
+    seen: list[bool] = []
+
+    def loss(logits: torch.Tensor, images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        seen.append(images.is_contiguous(memory_format=expected))
+        return logits.square().mean()
+
+    fit(network, split, np.arange(16), loss, TrainConfig(epochs=1, batch_size=8))
+    assert seen == [True, True]
+    assert all(parameter.is_contiguous() for parameter in network.parameters())
+
+
+def test_memory_format_hardly_changes_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, config = make_model(), make_data(), TrainConfig(epochs=1, batch_size=8, amp=False)
+    fast = train(model, data, config).model
+    monkeypatch.setattr("entprune.training.fastest_format", lambda *_: torch.contiguous_format)
+    plain = train(model, data, config).model.state_dict()
+    for name, value in fast.state_dict().items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("capability", "is_native"), [("avx512_bf16", True), ("amx_bf16", True), ("avx2", False)])
 def test_bfloat16_is_used_only_where_it_is_native(
     monkeypatch: pytest.MonkeyPatch, capability: str, is_native: bool

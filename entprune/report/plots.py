@@ -282,8 +282,8 @@ def _draw_search(report: Mapping[str, Any]) -> Figure:
     if allowed is not None:
         axes.axhline(allowed, **line, zorder=0)
         handles.append(Line2D([], [], **line, label=f"budget: {allowed:g} points"))
-    else:
-        removed = budget[f"{size}_removed"]
+    removed = budget.get(f"{size}_removed")
+    if removed is not None:
         axes.axvline((1 - removed) * report["dense"][size], **line, zorder=0)
         handles.append(Line2D([], [], **line, label=f"budget: {100 * removed:g} % removed"))
     axes.legend(

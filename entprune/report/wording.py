@@ -77,13 +77,27 @@ def result_of(report: Mapping[str, Any]) -> Mapping[str, Any]:
     return result
 
 
+_BUDGETS = {
+    "max_accuracy_drop": "accuracy",
+    "parameters_removed": "parameters",
+    "macs_removed": "multiply-accumulates",
+    "latency_removed": "latency",
+}
+
+
 def describe_budget(budget: Mapping[str, float]) -> str:
     """What was asked, as the end of a sentence that starts with 'Asked:'."""
-    ((kind, value),) = budget.items()
-    if kind == "max_accuracy_drop":
-        return f"the smallest network that loses at most {value:g} points of accuracy"
-    counted = "parameters" if kind == "parameters_removed" else "multiply-accumulates"
-    return f"a network without {format_fraction(value)} of its {counted}"
+    removed = [
+        f"{format_fraction(budget[kind])} of its {counted}"
+        for kind, counted in _BUDGETS.items()
+        if kind in budget and kind != "max_accuracy_drop"
+    ]
+    if "latency_removed" in budget:
+        removed[-1] += f" at batch size {budget['latency_batch']:g}"
+    if "max_accuracy_drop" not in budget:
+        return f"a network without {' and '.join(removed)}"
+    asked = f"the smallest network that loses at most {budget['max_accuracy_drop']:g} points of accuracy"
+    return f"{asked} and is without at least {' and '.join(removed)}" if removed else asked
 
 
 def describe_outcome(report: Mapping[str, Any]) -> str:
@@ -137,8 +151,12 @@ def _verdict_warnings(report: Mapping[str, Any]) -> Iterator[str]:
             "Do not use this network; protect the layers at fault with --keep."
         )
     if not report.get("budget_met", True):
+        missed = [_BUDGETS[kind] for kind in report.get("budgets_missed", ())]
+        failed = (
+            f" What failed is the budget of {' and '.join(missed)}." if missed and len(report["budget"]) > 1 else ""
+        )
         yield (
-            f"The budget was not met: asked was {describe_budget(report['budget'])}. "
+            f"The budget was not met: asked was {describe_budget(report['budget'])}.{failed} "
             "Allow more, give more calibration images, or fine-tune."
         )
     groups = report["groups"]

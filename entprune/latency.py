@@ -1,0 +1,96 @@
+"""How much of the dense network's time smaller ones take, measured on this machine in pairs.
+
+The dense network is timed again beside each smaller one: what else the machine does then slows both. Two such figures
+of the same network differ by a few percent on a quiet machine; LATENCY_TOLERANCE is what a verdict allows for that.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from entprune.allocation import AllocationProblem, Limits, allocate_within
+from entprune.assembly import slice_network
+from entprune.errors import ConfigError
+from entprune.evaluation import measure_latency
+from entprune.plan import PruningPlan
+from entprune.runner import torch_threads
+from entprune.stages import Network
+
+LATENCY_TOLERANCE = 0.05  # of the allowed latency
+_PAIRS, _REPEATS = 3, 3
+_RESOLUTION = 1.05  # factor between the MACs of neighbouring sizes
+_MAX_STEPS = 8
+
+KeptLatency = Callable[[PruningPlan], float]  # fraction of the dense network's latency
+Widths = dict[str, int]
+
+
+def measure_kept_latency(network: Network, plan: PruningPlan, batch_size: int, threads: int) -> float:
+    """Fraction of the dense network's CPU latency that the network of a plan needs.
+
+    Weights do not matter for the time, so the plan is cut out of the dense network without a refit.
+
+    Args:
+        network: dense.
+        plan: kept channels.
+        batch_size: images in one forward pass.
+        threads: of torch.
+    """
+    smaller = slice_network(network.model, network.groups, plan).eval()
+    return compare_latency(network.model, smaller, network.input_shape, batch_size, threads)
+
+
+def compare_latency(
+    dense: nn.Module, smaller: nn.Module, input_shape: tuple[int, int, int], batch_size: int, threads: int
+) -> float:
+    """Quotient of the medians of alternating measurements; arguments as for :func:`measure_kept_latency`."""
+    milliseconds: dict[str, list[float]] = {"dense": [], "smaller": []}
+    with torch_threads(threads):
+        for _ in range(_PAIRS):
+            for name, model in (("dense", dense), ("smaller", smaller)):
+                found = measure_latency(model, input_shape, (batch_size,), repeats=_REPEATS)
+                milliseconds[name].append(found[str(batch_size)])
+    return statistics.median(milliseconds["smaller"]) / statistics.median(milliseconds["dense"])
+
+
+def limit_macs(
+    problem: AllocationProblem,
+    limits: Limits,
+    kept_latency: Callable[[Widths], float],
+    allowed: float,
+) -> Limits:
+    """Tighten the limits on the size until the latency is kept: MACs are bisected, for they go with it.
+
+    Args:
+        problem: what is allocated.
+        limits: on the size, from other budgets.
+        kept_latency: measures the network of some widths.
+        allowed: kept fraction of the dense network's latency.
+
+    Raises:
+        ConfigError: even the least widths take longer.
+    """
+    if kept_latency(allocate_within(problem, limits)) <= allowed:
+        return limits
+    smallest = problem.smallest()
+    least = kept_latency(smallest)
+    if least > allowed:
+        raise ConfigError(
+            f"at most {1 - least:.1%} of the latency can be removed from this network on this machine, "
+            f"{1 - allowed:.1%} was asked; lower the budget or the least widths."
+        )
+    macs = replace(problem, objective="macs")
+    low, high = macs.fraction(smallest) * (1 + 1e-9), macs.fraction(allocate_within(problem, limits))
+    for _ in range(_MAX_STEPS):
+        if high / low <= _RESOLUTION:
+            break
+        middle = (low * high) ** 0.5
+        if kept_latency(allocate_within(problem, {**limits, "macs": middle})) <= allowed:
+            low = middle
+        else:
+            high = middle
+    return {**limits, "macs": low}
