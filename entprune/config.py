@@ -13,6 +13,8 @@ from entprune.errors import ConfigError
 from entprune.path import PathSetting
 from entprune.selection import DROP_ESTIMATES, DropEstimate
 
+_CALIBRATION_SAMPLES, _VALIDATION_SAMPLES, _USUAL_MACS = 1536, 4000, 300e6
+
 BudgetKind = Literal["max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed"]
 _KINDS: tuple[BudgetKind, ...] = ("max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed")
 
@@ -84,9 +86,9 @@ class PruneConfig:
     """Settings of a pruning run; the defaults are meant to be left alone.
 
     Attributes:
-        calibration_samples: training images whose moments are taken.
-        validation_samples: further training images on which candidates are compared; none of them is a calibration
-            image.
+        calibration_samples: training images whose moments are taken; None for as many as :meth:`sized_for` finds fit.
+        validation_samples: further training images on which candidates are compared, none of them a calibration
+            image; None likewise.
         calibration_shards: independent parts of the data pass; fixed, so that the plan does not depend on the worker
             count.
         batch_size: images per forward pass.
@@ -112,8 +114,8 @@ class PruneConfig:
         device: torch device of the heavy work, "cpu" or "cuda".
     """
 
-    calibration_samples: int = 1536
-    validation_samples: int = 4000
+    calibration_samples: int | None = None
+    validation_samples: int | None = None
     calibration_shards: int = 4
     batch_size: int = 64
     min_rows: int = 10_000
@@ -148,8 +150,9 @@ class PruneConfig:
             "minimum_channels", "round_to", "candidates_per_round", "max_rounds", "threads",
         )  # fmt: skip
         for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
         if not 0.0 < self.loss_exponent <= 4.0:
             raise ConfigError(f"loss_exponent must lie in (0, 4], got {self.loss_exponent}.")
         if not 0.0 <= self.minimum_fraction <= 1.0:
@@ -165,6 +168,21 @@ class PruneConfig:
             raise ConfigError(f"resolution must exceed 1, got {self.resolution}.")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}.")
+
+    def sized_for(self, macs: int) -> PruneConfig:
+        """The same with the numbers of images that were left open, by the cost of the dense network.
+
+        Small networks get more images, for they cost little and their fully connected layers see one row an image.
+
+        Args:
+            macs: multiply-accumulates of one image.
+        """
+        more = min(max(_USUAL_MACS / max(macs, 1), 1.0), 4.0)
+        return replace(
+            self,
+            calibration_samples=self.calibration_samples or round(_CALIBRATION_SAMPLES * more),
+            validation_samples=self.validation_samples or round(_VALIDATION_SAMPLES * min(more, 2.5)),
+        )
 
     def refit(self) -> RefitConfig:
         """How assembly re-estimates weights."""

@@ -125,16 +125,19 @@ def prune(
         ConfigError, DataError, ModelError: an input is unusable; the message says which and what to do.
     """
     config = config or PruneConfig()
-    images = whole_split(as_split(calibration), config.calibration_samples)
-    validation = None if evaluate is None else whole_split(as_split(evaluate, labelled=True), config.validation_samples)
+    unlabelled = as_split(calibration)
+    labelled = None if evaluate is None else as_split(evaluate, labelled=True)
     test_set = None if test is None else whole_split(as_split(test, labelled=True), None)
-    if validation is None and budget.kind == "max_accuracy_drop":
+    if labelled is None and budget.kind == "max_accuracy_drop":
         raise DataError("an accuracy budget needs labelled images: pass evaluate=(images, labels), or ask for a size.")
     runner = runner or InProcessRunner(threads=config.threads, progress=progress)
-    shape = tuple(int(size) for size in images.split.batch(images.indices[:1]).shape[1:])
+    shape = tuple(int(size) for size in unlabelled.batch(np.zeros(1, dtype=np.int64)).shape[1:])
     watch = Stopwatch()
     with watch.stage("analyse"):
         network = analyse(model, (shape[0], shape[1], shape[2]), config)
+    config = config.sized_for(network.dense_macs())
+    images = whole_split(unlabelled, config.calibration_samples)
+    validation = None if labelled is None else whole_split(labelled, config.validation_samples)
     with watch.stage("calibrate"):
         statistics = calibrate(network, images, config, runner)
     with watch.stage("solve"):

@@ -68,6 +68,10 @@ class Network:
     residuals: tuple[Residual, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
 
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of one image before pruning."""
+        return self.cost.macs({group.name: group.num_channels for group in self.groups.groups})
+
     def consumers(self) -> tuple[str, ...]:
         """Layers that read a prunable group, in execution order."""
         read = {piece.layer for group in self.groups.groups for piece in group.consumers}

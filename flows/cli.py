@@ -152,7 +152,8 @@ def prune(
         int, typer.Option(metavar="N", help="Prune and fine-tune in turns, so often; for very small networks.")
     ] = 1,
     calibration_samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Training images that the statistics are taken from.")
+        int | None,
+        typer.Option(metavar="N", help="Training images for the statistics; more by default for small networks."),
     ] = None,
     validation_samples: Annotated[
         int | None, typer.Option(metavar="N", help="Further training images that candidates are compared on.")

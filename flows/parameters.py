@@ -68,8 +68,8 @@ with warnings.catch_warnings():
         finetune_learning_rate: float = _FINETUNING.learning_rate
         finetune_optimiser: str = _FINETUNING.optimiser
         finetune_batch_size: int = _FINETUNING.batch_size
-        calibration_samples: int = Field(default=_DEFAULTS.calibration_samples, ge=1)
-        validation_samples: int = Field(default=_DEFAULTS.validation_samples, ge=1)
+        calibration_samples: int | None = Field(default=_DEFAULTS.calibration_samples, ge=1)
+        validation_samples: int | None = Field(default=_DEFAULTS.validation_samples, ge=1)
         workers: int | None = Field(default=None, ge=1)
         gpus_per_worker: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
         ray_address: str | None = None

@@ -99,9 +99,13 @@ class Workload:
 
     def __init__(self, inputs: Inputs, config: PruneConfig, budget: Budget) -> None:
         self.network, self.data, self.checkpoint_sha256 = inputs.network, inputs.data, inputs.checkpoint_sha256
-        self.config, self.budget = config, budget
+        self.config = config = config.sized_for(self.network.dense_macs())
+        self.budget = budget
         calibration, self.validation_indices = split_training(
-            self.data, calibration=config.calibration_samples, validation=config.validation_samples, seed=config.seed
+            self.data,
+            calibration=config.calibration_samples or 0,
+            validation=config.validation_samples or 0,
+            seed=config.seed,
         )
         everything = np.arange(len(self.data.test))
         self.calibration = cut_out(self.data.train, calibration)

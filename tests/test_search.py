@@ -378,3 +378,14 @@ def test_latency_that_turns_out_too_long_is_refused() -> None:
     assert found.chosen.latency_kept is not None
     assert found.chosen.latency_kept <= 0.5
     assert ("latency_removed",) in {candidate.missed for candidate in found.candidates}
+
+
+@pytest.mark.parametrize(
+    ("macs", "calibration", "validation"),
+    [(2_293_000, 6144, 10_000), (125_000_000, 3686, 9600), (313_000_000, 1536, 4000), (4_000_000_000, 1536, 4000)],
+)
+def test_small_networks_are_given_more_images(macs: int, calibration: int, validation: int) -> None:
+    sized = PruneConfig().sized_for(macs)
+    assert (sized.calibration_samples, sized.validation_samples) == (calibration, validation)
+    assert sized.sized_for(1) == sized
+    assert PruneConfig(calibration_samples=7).sized_for(macs).calibration_samples == 7
