@@ -474,7 +474,7 @@ def track(run_id: str, content: Mapping[str, Any], paths: Mapping[str, SparsityP
     tracking.log_stage(run_id, {**figures, **others})
     for number, candidate in enumerate(content["candidates"], start=1):
         tracking.log_stage(run_id, {"candidate": {k: v for k, v in candidate.items() if k != "widths"}}, step=number)
-    for entry in content["rounds"]:
+    for entry in content.get("rounds", ()):
         figures = {name: value for name, value in entry.items() if name not in {"widths", "budgets_missed"}}
         tracking.log_stage(run_id, {"round": figures}, step=entry["round"])
     tracking.log_groups(run_id, content)
