@@ -20,8 +20,8 @@ from entprune.datasets import ImageData, load_data, split_training
 from entprune.errors import ConfigError
 from entprune.models import build_model
 from entprune.path import SparsityPath
-from entprune.pruning import Stopwatch, candidate_job
-from entprune.runner import InProcessRunner, Progress
+from entprune.pruning import candidate_job
+from entprune.runner import InProcessRunner
 from entprune.stages import CandidateJob, ImageSet, Network, analyse, calibrate, is_correct, predict, solve
 
 _PLAIN = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -110,57 +110,61 @@ class Bench:
 
     Args:
         entry: which network.
-        folders: where its checkpoint and data are.
+        model: with its trained weights.
+        data: its images.
         config: settings; its seed draws the splits.
-        progress: of the stages.
+        checkpoint_sha256: of the file that the weights came from.
     """
 
     def __init__(
-        self, entry: TrainedNetwork, folders: Folders, config: PruneConfig, progress: Progress | None = None
+        self, entry: TrainedNetwork, model: nn.Module, data: ImageData, config: PruneConfig, checkpoint_sha256: str
     ) -> None:
-        checkpoint = folders.checkpoints / entry.checkpoint
-        self.entry, self.config, self.watch = entry, config, Stopwatch()
-        self.data = entry.load_data(folders.data)
-        model = build_model(entry.name, num_classes=self.data.num_classes, input_shape=self.data.input_shape)
-        self.model: nn.Module = load_checkpoint(model, checkpoint)
-        self.facts = {"checkpoint_sha256": sha256_file(checkpoint), "data_sha256": self.data.sha256}
-        self.runner = InProcessRunner(threads=config.threads, progress=progress)
+        self.entry, self.model, self.data, self.config = entry, model, data, config
+        self.facts = {"checkpoint_sha256": checkpoint_sha256, "data_sha256": data.sha256}
+        self._runner = InProcessRunner(threads=config.threads)
         calibration, validation = split_training(
-            self.data, calibration=config.calibration_samples, validation=config.validation_samples, seed=config.seed
+            data, calibration=config.calibration_samples, validation=config.validation_samples, seed=config.seed
         )
-        self.calibration = ImageSet(split=self.data.train, indices=calibration)
-        self.validation = ImageSet(split=self.data.train, indices=validation)
-        self.test = ImageSet(split=self.data.test, indices=np.arange(len(self.data.test)))
+        self.calibration = ImageSet(split=data.train, indices=calibration)
+        self.validation = ImageSet(split=data.train, indices=validation)
+        self.test = ImageSet(split=data.test, indices=np.arange(len(data.test)))
 
     @cached_property
     def network(self) -> Network:
         """The analysed network."""
-        with self.watch.stage("analyse"):
-            return analyse(self.model, self.data.input_shape, self.config)
+        return analyse(self.model, self.data.input_shape, self.config)
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
         """Moments and answers of every layer on the calibration images."""
-        network = self.network
-        with self.watch.stage("calibrate"):
-            return calibrate(network, self.calibration, self.config, self.runner)
+        return calibrate(self.network, self.calibration, self.config, self._runner)
 
     @cached_property
     def paths(self) -> Mapping[str, SparsityPath]:
         """This project's sparsity paths."""
-        statistics = self.statistics
-        with self.watch.stage("solve"):
-            return solve(self.network, statistics, self.config, self.runner)
+        return solve(self.network, self.statistics, self.config, self._runner)
 
     @cached_property
     def job(self) -> CandidateJob:
         """What the assembly reads; nothing is scored on validation images."""
         everything = Budget(parameters_removed=0.0)
         return candidate_job(
-            self.network, self.calibration, self.statistics, None, everything, self.config, self.runner
+            self.network, self.calibration, self.statistics, None, everything, self.config, self._runner
         )
 
     def accuracy(self, model: nn.Module) -> float:
         """Percent of the test images classified correctly: the final figure of a cell, never a basis of a choice."""
-        logits = predict(model, self.test, self.config, self.runner, stage="test")
+        logits = predict(model, self.test, self.config, self._runner, stage="test")
         return 100.0 * float(is_correct(logits, self.test).mean())
+
+
+def load_bench(entry: TrainedNetwork, folders: Folders, config: PruneConfig) -> Bench:
+    """Read checkpoint and images of one network.
+
+    Raises:
+        CheckpointError, DataError: they are missing or do not fit.
+    """
+    checkpoint = folders.checkpoints / entry.checkpoint
+    data = entry.load_data(folders.data)
+    model = build_model(entry.name, num_classes=data.num_classes, input_shape=data.input_shape)
+    return Bench(entry, load_checkpoint(model, checkpoint), data, config, sha256_file(checkpoint))
