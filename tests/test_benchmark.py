@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from entprune.config import PruneConfig
 from entprune.datasets import ImageData
 from entprune.errors import ConfigError
 from entprune.groups import ChannelGroups, find_groups
+from entprune.plan import PruningPlan
 from entprune.regression import ConsumerProblem, GroupProblem
 from entprune.stages import ImageSet
 from tests.regression_problems import random_problem, refit_error
@@ -24,7 +26,7 @@ from tests.regression_problems import random_problem, refit_error
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
 pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
 
-from infra.benchmark import budgets, epoch, latency, scaling, selection
+from infra.benchmark import budgets, epoch, latency, memory, scaling, selection
 from infra.benchmark.__main__ import choose, main
 from infra.benchmark.block_obs import elimination_order
 from infra.benchmark.importances import fpgm_order, l1_order, taylor_order
@@ -339,6 +341,22 @@ def test_solving_time_is_measured_on_moments_of_as_many_rows_as_asked(monkeypatc
     assert few["solve_seconds"] > 0
     rate = meter.measure(subject, {"quantity": "moments"})
     assert rate["moments_gflops"] < rate["moments_gflops_if_full"]
+
+
+@pytest.mark.parametrize("stage", ["solve", "assemble"])
+def test_peak_memory_is_that_of_a_whole_pruning(
+    stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assembled: list[PruningPlan] = []
+    monkeypatch.setattr(memory, "NETWORK", "digits_cnn")
+    monkeypatch.setattr(memory, "SHAPE", (1, 8, 8))
+    monkeypatch.setattr(memory, "score_candidate", lambda job, plan: assembled.append(plan))
+    monkeypatch.setattr(sys, "argv", ["memory", "96", stage, "1"])
+    memory.main()
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["network"] == "digits_cnn"
+    assert figures["peak_mib"] >= figures["libraries_mib"] > 50
+    assert len(assembled) == (stage == "assemble")
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
