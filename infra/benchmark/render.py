@@ -9,11 +9,12 @@ No figure is typed by hand.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from entprune.errors import ConfigError
+from entprune.errors import ConfigError, EntpruneError
 from entprune.storage import atomic_write_text
 from infra.benchmark import plots, tables
 from infra.benchmark.records import HERE, RESULTS, all_records
@@ -28,16 +29,21 @@ _SECTIONS: tuple[tuple[str, str, Callable[[tables.Records], list[str]]], ...] = 
 )
 
 
-def main() -> None:
-    """Write the page, and the short table if asked."""
+def main() -> int:
+    """Write the page, and the short table if asked; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", action="store_true", help="also fill the markers of the project's README.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=HERE)
     arguments = parser.parse_args()
-    write_page(arguments.results, arguments.output)
-    if arguments.root:
-        replace_between_markers(HERE.parents[1] / "README.md", short_table(arguments.results))
+    try:
+        write_page(arguments.results, arguments.output)
+        if arguments.root:
+            replace_between_markers(HERE.parents[1] / "README.md", short_table(arguments.results))
+    except EntpruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def write_page(results: Path, output: Path) -> None:
@@ -109,4 +115,4 @@ def _short_rows(network: str, records: tables.Records, budget: str) -> list[list
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
