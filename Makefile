@@ -2,6 +2,8 @@
 # make test    run the test suite
 # make check   lint, format, types, layers: what CI runs before the tests
 # make conformance   check every torchvision classification CNN (about half an hour), ONLY=resnet* for some of them
+# make benchmark     measure this project beside others: PART=selection NETWORK=lenet SEED=0 DATA=data CHECKPOINTS=checkpoints
+#                    (infra/benchmark/README.md says what each part is); make benchmark-page makes tables and plots of it
 # make clean   remove caches, builds and the demo's results; .venv stays
 #
 # PYTHON picks the interpreter (3.11 or newer); PYTEST_ARGS goes to pytest, for example PYTEST_ARGS="-m slow".
@@ -9,6 +11,15 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 ONLY ?= *
+PART ?= all
+NETWORK ?= all
+SEED ?= 0
+BUDGET ?=
+METHODS ?=
+THREADS ?= 0
+FORCE ?=
+DATA ?= data
+CHECKPOINTS ?= checkpoints
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
@@ -33,7 +44,7 @@ define install
 	fi
 endef
 
-.PHONY: demo test check conformance clean
+.PHONY: demo test check conformance benchmark benchmark-page clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -55,6 +66,14 @@ check: $(VENV)/.dev
 
 conformance: $(VENV)/.dev
 	$(BIN)/python -m tests.conformance --only "$(ONLY)" --output runs/conformance.json
+
+benchmark: $(VENV)/.dev
+	$(BIN)/python -m infra.benchmark --part "$(PART)" --network "$(NETWORK)" --seed "$(SEED)" --budget "$(BUDGET)" \
+		--methods "$(METHODS)" --threads "$(THREADS)" --data-root "$(DATA)" --checkpoints "$(CHECKPOINTS)" \
+		$(if $(FORCE),--force)
+
+benchmark-page: $(VENV)/.dev
+	$(BIN)/python -m infra.benchmark.render
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage $(DEMO)

@@ -1,0 +1,86 @@
+"""Part `budgets`: whole runs of this project by accuracy budget, in process, with time per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from entprune import Budget, PruningResult, prune
+from entprune.stages import ImageSet
+from infra.benchmark.networks import NETWORKS, Bench
+from infra.benchmark.parts import Key, Part, Request
+from infra.benchmark.records import Record, Subject
+
+POINTS = (0.5, 0.1)
+_FIGURES = ("accuracy", "accuracy_drop", "parameters", "parameters_removed", "macs", "macs_removed", "latency_ms")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subset:
+    """Some images of a split, as a split of their own."""
+
+    images: ImageSet
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Class of each image."""
+        return np.asarray(self.images.split.labels)[self.images.indices]
+
+    def batch(self, indices: npt.NDArray[np.integer[Any]]) -> Tensor:
+        """Images at these positions of the subset."""
+        return self.images.split.batch(self.images.indices[indices])
+
+
+def prune_within(bench: Bench, points: float) -> PruningResult:
+    """Prune to an accuracy budget; the test images are measured once, at the end."""
+    return prune(
+        bench.model,
+        Subset(bench.calibration),
+        budget=Budget(max_accuracy_drop=points),
+        evaluate=Subset(bench.validation),
+        test=Subset(bench.test),
+        config=bench.config,
+        model_spec=bench.entry.name,
+    )
+
+
+class BudgetMeter:
+    """Runs one network by accuracy budgets."""
+
+    def __init__(self, request: Request) -> None:
+        self._bench = request.bench()
+
+    def facts(self, record: Record) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
+        """Hashes of the inputs."""
+        return self._bench.facts
+
+    def measure(self, subject: Subject, key: Key) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
+        """Figures of the report that comparisons need; kept channels stay out."""
+        report = prune_within(self._bench, key["max_accuracy_drop"]).report
+        return {
+            "dense": report["dense"],
+            "one_shot": {name: report["one_shot"][name] for name in _FIGURES},
+            "budget_met": report["budget_met"],
+            "certificate": report["certificate"],
+            "timings_seconds": report["timings_seconds"],
+            "candidates": report["candidates"],
+            "threads": self._bench.config.threads,
+        }
+
+
+def cells(request: Request) -> list[tuple[Subject, Key]]:
+    """One cell for each budget."""
+    subject = Subject(part="budgets", network=request.network, seed=request.seed)
+    return [(subject, {"max_accuracy_drop": points}) for points in POINTS]
+
+
+PART = Part(name="budgets", networks=tuple(NETWORKS), threads=2, cells=cells, meter=BudgetMeter)

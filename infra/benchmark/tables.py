@@ -1,0 +1,231 @@
+"""Tables of the benchmark in Markdown, made from the stored figures alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Records = Sequence[Mapping[str, Any]]
+METHOD_NAMES = {
+    "ours": "**entprune**",
+    "random": "random",
+    "l1": "L1 norm",
+    "fpgm": "FPGM",
+    "taylor": "Taylor",
+    "lasso": "LASSO",
+    "block_obs": "block OBS",
+}
+COLUMN_NAMES = {
+    ("plain", "uniform"): "plain, uniform widths",
+    ("refit", "uniform"): "refit, uniform widths",
+    ("refit", "allocated"): "refit, our widths",
+    ("plain", "allocated"): "plain, our widths",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def budget_name(label: str) -> str:
+    """Words for "parameters_removed-0.92"."""
+    kind, _, value = label.partition("-")
+    return f"{float(value):.0%} of the {'MACs' if kind == 'macs_removed' else 'parameters'}"
+
+
+def by_network(records: Records) -> dict[str, list[Mapping[str, Any]]]:
+    """Records of each network, in the order in which they come."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        found.setdefault(record["network"], []).append(record)
+    return found
+
+
+def collect_cells(records: Records) -> dict[tuple[str, str, str, str], list[float]]:
+    """Accuracies of all seeds by (budget, method, weights, widths)."""
+    found: dict[tuple[str, str, str, str], list[float]] = {}
+    for record in records:
+        for cell in record["cells"]:
+            key = cell["key"]
+            place = (record["budget"], key["method"], key["weights"], key["widths"])
+            found.setdefault(place, []).append(cell["values"]["accuracy"])
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation over seeds where there are several."""
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def selection_section(network: str, records: Records) -> list[str]:
+    """Accuracy of every method at every budget, one table per network."""
+    cells = collect_cells(records)
+    budgets = sorted({record["budget"] for record in records}, key=lambda label: (label[0] != "p", label))
+    rows = []
+    for budget in budgets:
+        for number, method in enumerate(METHOD_NAMES):
+            found = [cells.get((budget, method, *column), []) for column in COLUMN_NAMES]
+            if any(found):
+                rows.append([budget_name(budget) if number == 0 else "", METHOD_NAMES[method], *map(spread, found)])
+    head = ("removed", "chosen by", *COLUMN_NAMES.values())
+    return [f"### {network}\n", _conditions(records), table(head, rows), "", sizes_line(records), commits_line(records)]
+
+
+def _conditions(records: Records) -> str:
+    """The unpruned network, images and seeds."""
+    facts, seeds = records[0]["facts"], sorted({record["seed"] for record in records})
+    dense = facts["dense"]
+    drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± standard deviation over the seeds {seeds}"
+    return (
+        f"Unpruned: {dense['accuracy']:.2f} %, {dense['parameters']:,} parameters, {dense['macs']:,} multiply-"
+        f"accumulates. Accuracy in percent on {facts['test_samples']:,} test images; {drawn}; "
+        f"{facts['calibration_samples']:,} calibration images.\n"
+    )
+
+
+def sizes_line(records: Records) -> str:
+    """What uniform ratios leave of a budget: they come in steps."""
+    parts = []
+    for record in records:
+        if record["seed"] != min(entry["seed"] for entry in records):
+            continue
+        objective = "macs" if record["budget"].startswith("macs") else "parameters"
+        dense = record["facts"]["dense"][objective]
+        removed = {cell["key"]["widths"]: 1 - cell["values"][objective] / dense for cell in record["cells"]}
+        shares = ", ".join(f"{value:.2%} with {_WIDTHS[name]}" for name, value in removed.items())
+        parts.append(f"{budget_name(record['budget'])}: {shares}")
+    return "Really removed: " + "; ".join(parts) + ".\n"
+
+
+_WIDTHS = {"uniform": "uniform widths", "allocated": "ours"}
+
+
+def commits_line(records: Records) -> str:
+    """Code, versions and threads behind a table."""
+    runs = [run for record in records for run in record["runs"]]
+    commits = sorted({str(run["code_commit"])[:10] for run in runs})
+    threads = sorted({run["environment"]["threads"] for run in runs})
+    torches = sorted({run["environment"]["torch"] for run in runs})
+    commands = sorted({run["command"] for run in runs})
+    return (
+        f"<sub>Commit {', '.join(commits)}; torch {', '.join(torches)}; threads {', '.join(map(str, threads))}; "
+        f"`{'`, `'.join(commands)}`</sub>\n"
+    )
+
+
+def budgets_section(records: Records) -> list[str]:
+    """Whole runs by accuracy budget."""
+    head = ("network", "seed", "budget, points", "accuracy", "drop", "parameters removed", "MACs removed",
+            "batch 1, ms", "batch 64, ms", "seconds: " + ", ".join(_STAGES), "candidates")  # fmt: skip
+    rows = [_budget_row(record, cell) for record in records for cell in record["cells"]]
+    return [table(head, rows), "", commits_line(records)]
+
+
+_STAGES = ("analyse", "calibrate", "solve", "search", "certify")
+
+
+def _budget_row(record: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+    values = cell["values"]
+    dense, small, seconds = values["dense"], values["one_shot"], values["timings_seconds"]
+    return [
+        record["network"], str(record["seed"]),
+        f"{cell['key']['max_accuracy_drop']:g}" + ("" if values["budget_met"] else " (not met)"),
+        f"{dense['accuracy']:.2f} → {small['accuracy']:.2f}", f"{small['accuracy_drop']:.2f}",
+        f"{small['parameters_removed']:.1%}", f"{small['macs_removed']:.1%}",
+        *(f"{dense['latency_ms'][batch]:.2f} → {small['latency_ms'][batch]:.2f}" for batch in ("1", "64")),
+        ", ".join(f"{seconds.get(stage, 0.0):.1f}" for stage in _STAGES), str(len(values["candidates"])),
+    ]  # fmt: skip
+
+
+def epoch_section(records: Records) -> list[str]:
+    """Pruning time in training epochs."""
+    head = ("network", "one-shot prune, s", "epoch in bfloat16, s", "epoch in float32, s", "prune / bfloat16 epoch",
+            "prune / float32 epoch", "threads")  # fmt: skip
+    rows = []
+    for record in records:
+        for cell in record["cells"]:
+            values = cell["values"]
+            epochs, ratio = values["epoch_seconds"], values["ratio"]
+            rows.append([
+                record["network"], f"{values['prune_seconds']:.1f}", f"{epochs['bfloat16']:.1f}",
+                f"{epochs['float32']:.1f}", f"{ratio['bfloat16']:.2f}", f"{ratio['float32']:.2f}",
+                str(values["threads"]),
+            ])  # fmt: skip
+    first = records[0]["cells"][0]["values"]
+    note = (
+        f"An epoch is {first['steps_timed']} timed steps of this project's training loop (after as many to warm up), "
+        "scaled to all steps of one; this machine computes bfloat16 "
+        f"{'natively' if first['bfloat16_is_native'] else 'by emulation'}. Pruning is analyse, calibrate, solve, "
+        "search and certify, by the accuracy budget of 0.5 points.\n"
+    )
+    return [note, table(head, rows), "", commits_line(records)]
+
+
+def latency_section(records: Records) -> list[str]:
+    """What removed multiply-accumulates buy in time."""
+    head = ("network", "removed", "MACs left", "batch 1: ms", "time left", "batch 64: ms", "time left", "threads")
+    rows = []
+    for record in records:
+        for cell in record["cells"]:
+            values = cell["values"]
+            dense, small = values["latency_ms"]["dense"], values["latency_ms"]["pruned"]
+            times = [(f"{dense[b]:.2f} → {small[b]:.2f}", f"{small[b] / dense[b]:.0%}") for b in ("1", "64")]
+            share = values["macs"]["pruned"] / values["macs"]["dense"]
+            rows.append([
+                record["network"], budget_name(cell["key"]["budget"]), f"{share:.0%}", *times[0], *times[1],
+                str(values["threads"]),
+            ])  # fmt: skip
+    return [table(head, rows), "", commits_line(records)]
+
+
+def scaling_section(records: Records) -> list[str]:
+    """Exponents and rates."""
+    cells = [cell for record in records for cell in record["cells"]]
+    lines = []
+    for name, quantity, field, stage in _CURVES:
+        points = curve(cells, quantity, field, stage)
+        if len(points) > 1:
+            figures = ", ".join(f"{value:.4g} at {images:,}" for images, value in points)
+            lines.append(f"- {name}: {figures} images; fitted exponent **{exponent(points):.3f}**.")
+    for cell in cells:
+        if cell["key"]["quantity"] == "moments":
+            values = cell["values"]
+            share = values["moments_gflops"] / values["matmul_gflops"]
+            lines.append(
+                f"- moments of 512x3x3 inputs: {values['moments_gflops']:.1f} useful GFLOP/s "
+                f"({values['moments_gflops_if_full']:.1f} counted as a full product), float32 matrix product "
+                f"{values['matmul_gflops']:.1f}: **{share:.0%}** (threads: {values['threads']})."
+            )
+    return [*lines, "", commits_line(records)]
+
+
+_CURVES = (
+    ("solving one 512-channel 3x3 group, s", "solve", "solve_seconds", None),
+    ("its moments and synthetic inputs, s", "solve", "moments_seconds", None),
+    ("peak memory of calibrate and solve, MiB", "memory", "peak_mib", "solve"),
+    ("peak memory with assembly, MiB", "memory", "peak_mib", "assemble"),
+)
+
+
+def curve(cells: Sequence[Mapping[str, Any]], quantity: str, field: str, stage: str | None) -> list[tuple[int, float]]:
+    """(images, value) in rising order."""
+    found = [
+        (int(cell["key"]["images"]), float(cell["values"][field]))
+        for cell in cells
+        if cell["key"]["quantity"] == quantity and cell["key"].get("stage") == stage
+    ]
+    return sorted(found)
+
+
+def exponent(points: Sequence[tuple[int, float]]) -> float:
+    """Slope of log(value) over log(images): 0 where the cost does not depend on them, 1 where it is proportional."""
+    images, values = np.log(np.array(points, dtype=float).T)
+    return round(float(np.polyfit(images, values, 1)[0]), 4) + 0.0  # no negative zero

@@ -1,0 +1,502 @@
+"""The benchmark: the other methods choose what their definitions say, sizes meet the budget, and no figure is lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from entprune.allocation import AllocationProblem, CostModel, LayerCost
+from entprune.assembly import slice_network
+from entprune.config import PruneConfig
+from entprune.datasets import ImageData
+from entprune.errors import ConfigError
+from entprune.groups import ChannelGroups, find_groups
+from entprune.plan import PruningPlan
+from entprune.regression import ConsumerProblem, GroupProblem
+from entprune.stages import ImageSet
+from tests.regression_problems import random_problem, refit_error
+
+pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
+pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
+
+from infra.benchmark import budgets, epoch, latency, memory, scaling, selection
+from infra.benchmark.__main__ import choose, main
+from infra.benchmark.block_obs import elimination_order
+from infra.benchmark.importances import fpgm_order, l1_order, taylor_order
+from infra.benchmark.lasso import LassoPath, contribution_matrix
+from infra.benchmark.networks import Bench, Folders, TrainedNetwork
+from infra.benchmark.parts import Request
+from infra.benchmark.records import Record, Subject, all_records
+from infra.benchmark.render import BEGIN, END, replace_between_markers, short_table, write_page
+from infra.benchmark.selectors import METHODS, Ranking, make_selector, select_plan, uniform_widths
+from infra.benchmark.tables import exponent
+from tests.micro_networks import IMAGE_SHAPE, Chain, random_split, warm_up
+
+
+class TwoLayers(nn.Module):
+    """Six channels between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 6, 1, bias=False)
+        self.conv2 = nn.Conv2d(6, 3, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(torch.relu(self.conv1(x))).mean((2, 3))
+
+
+def analysed(model: nn.Module) -> ChannelGroups:
+    return find_groups(model, torch.zeros(2, 2, 6, 6))
+
+
+def with_filters(filters: list[tuple[float, float]]) -> TwoLayers:
+    """Given filters in the first layer, readers of equal size in the second."""
+    model = TwoLayers().eval()
+    with torch.no_grad():
+        model.conv1.weight.copy_(torch.tensor(filters).reshape(6, 2, 1, 1))
+        model.conv2.weight.fill_(0.5)
+    return model
+
+
+def test_l1_keeps_the_largest_filters() -> None:
+    model = with_filters([(1, 1), (5, -5), (0.1, 0), (-4, 3), (0, 0.5), (2, -2)])
+    order = l1_order(model, analysed(model))["conv1"]
+    assert order.tolist() == [1, 3, 5, 0, 4, 2]
+
+
+def test_fpgm_drops_a_filter_that_others_can_stand_in_for() -> None:
+    model = with_filters([(3, 0), (0, 3), (1, 1), (1, 1), (-3, 1), (2, -3)])
+    order = fpgm_order(model, analysed(model))["conv1"]
+    assert set(order[-2:].tolist()) == {2, 3}
+
+
+def test_taylor_keeps_the_channels_that_the_loss_depends_on() -> None:
+    torch.manual_seed(1)
+    model = TwoLayers().eval()
+    with torch.no_grad():
+        model.conv1.weight.abs_()
+        model.conv2.weight[:, [0, 4]] *= 1e-4
+    images = ImageSet(split=random_split(32), indices=np.arange(32))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    order = taylor_order(model, analysed(model), images)["conv1"]
+    assert set(order[-2:].tolist()) == {0, 4}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def greedy_by_refitting(problem: GroupProblem) -> list[int]:
+    """The same elimination, each step by solving every least-squares problem anew."""
+    alive, removed = list(range(problem.num_channels)), []
+    while len(alive) > 1:
+        worst = min(alive, key=lambda channel: refit_error(problem, [c for c in alive if c != channel]))
+        alive.remove(worst)
+        removed.append(worst)
+    return alive + removed[::-1]
+
+
+@pytest.mark.parametrize("blocks", [(1,), (4,), (2, 3)])
+def test_block_obs_equals_refitting_every_choice(blocks: tuple[int, ...]) -> None:
+    problem = random_problem(9, blocks, seed=sum(blocks))
+    assert elimination_order(problem).tolist() == greedy_by_refitting(problem)
+
+
+def with_duplicate(problem: GroupProblem, first: int, second: int) -> GroupProblem:
+    """The second channel reads what the first one reads."""
+    consumers = []
+    for consumer in problem.consumers:
+        index = np.arange(problem.num_channels * consumer.block)
+        start, source = second * consumer.block, first * consumer.block
+        index[start : start + consumer.block] = np.arange(source, source + consumer.block)
+        gram = consumer.gram[np.ix_(index, index)]
+        consumers.append(ConsumerProblem(layer=consumer.layer, gram=gram, weight=consumer.weight, block=consumer.block))
+    return GroupProblem(name=problem.name, num_channels=problem.num_channels, consumers=tuple(consumers))
+
+
+def test_block_obs_drops_one_of_two_equal_channels_first() -> None:
+    problem = with_duplicate(random_problem(7, (2,), seed=3), first=1, second=5)
+    assert int(elimination_order(problem)[-1]) in {1, 5}
+
+
+def test_lasso_reads_the_contributions_of_all_consumers() -> None:
+    problem = random_problem(5, (2, 3), seed=4)
+    matrix = contribution_matrix(problem)
+    kept = [1, 3]
+    beta = np.isin(np.arange(5), kept).astype(float)
+    expected = 0.0
+    for consumer in problem.consumers:
+        lost = consumer.weight * np.repeat(1 - beta, consumer.block)
+        expected += np.trace(lost @ consumer.gram @ lost.T)
+    assert (1 - beta) @ matrix @ (1 - beta) == pytest.approx(expected)
+
+
+def test_lasso_keeps_as_many_as_wanted_and_the_large_contributions() -> None:
+    path = LassoPath(np.diag([4.0, 0.1, 9.0, 0.5, 2.0, 0.0]))
+    assert [path.kept(width) for width in range(1, 7)] == [
+        (2,), (0, 2), (0, 2, 4), (0, 2, 3, 4), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5),
+    ]  # fmt: skip
+
+
+def test_lasso_fills_up_where_equal_channels_enter_together() -> None:
+    path = LassoPath(np.eye(6))
+    assert [len(path.kept(width)) for width in range(1, 7)] == [1, 2, 3, 4, 5, 6]
+
+
+def chain_problem(widths: dict[str, int]) -> AllocationProblem:
+    names = list(widths)
+    layers = [
+        LayerCost(
+            name=f"layer{number}", taps=9, per_output=1, positions=16,
+            fixed_inputs=0 if before else 3, fixed_outputs=0 if after else 10,
+            input_blocks={before: 1} if before else {}, output_blocks={after: 1} if after else {},
+        )
+        for number, (before, after) in enumerate(itertools.pairwise([None, *names, None]))
+    ]  # fmt: skip
+    losses = {name: np.linspace(1.0, 0.0, count + 1) for name, count in widths.items()}
+    cost = CostModel(layers=tuple(layers), untouched_parameters=0)
+    return AllocationProblem(losses=losses, minimum=dict.fromkeys(widths, 1), cost=cost)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.33, 0.5, 0.9, 1.0])
+def test_uniform_widths_meet_the_budget_and_no_larger_ratio_does(kept: float) -> None:
+    problem = chain_problem({"a": 20, "b": 50, "c": 16})
+    widths, target = uniform_widths(problem, kept), kept * problem.cost.parameters(problem.full())
+    assert problem.cost.parameters(widths) <= target
+    ratios = [(width / full, (width + 1) / full) for width, full in zip(widths.values(), (20, 50, 16), strict=True)]
+    assert max(low for low, _ in ratios) < min(high for _, high in ratios)  # one ratio explains all widths
+    following = min(high for _, high in ratios)
+    wider = {name: int(following * full + 1e-9) for name, full in problem.full().items()}
+    assert kept == 1.0 or problem.cost.parameters(wider) > target
+
+
+def test_uniform_widths_refuse_what_cannot_be_met() -> None:
+    with pytest.raises(ConfigError, match="least widths"):
+        uniform_widths(chain_problem({"a": 20, "b": 50}), 0.001)
+
+
+def test_a_ranking_makes_nested_plans() -> None:
+    kept = Ranking({"a": np.array([3, 0, 2, 1]), "b": np.array([1, 0])})
+    plan = select_plan(kept, {"a": 4, "b": 2}, {"a": 2, "b": 1})
+    assert [group.kept_channels for group in plan.groups] == [(0, 3), (1,)]
+
+
+SUBJECT = Subject(part="selection", network="lenet", seed=3, budget="macs_removed-0.5")
+RUN = {"command": "make benchmark", "code_commit": "abc", "environment": {"threads": 1}}
+
+
+def test_records_keep_every_cell_once_and_know_what_is_measured(tmp_path: Path) -> None:
+    path = SUBJECT.path(tmp_path)
+    record = Record(path, SUBJECT)
+    record.require_facts({"data_sha256": "d"})
+    record.put({"method": "l1"}, {"accuracy": 98.123456789, "widths": [1, 2]}, RUN)
+    record.put({"method": "ours"}, {"accuracy": 99.0}, RUN)
+    again = Record(path, SUBJECT)
+    assert again.content == record.content
+    assert again.has({"method": "l1"})
+    assert not again.has({"method": "taylor"})
+    again.put({"method": "l1"}, {"accuracy": 1.5}, RUN | {"code_commit": "def"})
+    (content,) = all_records("selection", tmp_path)
+    assert [(cell["key"]["method"], cell["values"]["accuracy"], cell["run"]) for cell in content["cells"]] == [
+        ("l1", 1.5, 1), ("ours", 99.0, 0),
+    ]  # fmt: skip
+    assert [run["code_commit"] for run in content["runs"]] == ["abc", "def"]
+
+
+def test_records_refuse_other_inputs_and_other_subjects(tmp_path: Path) -> None:
+    path = SUBJECT.path(tmp_path)
+    record = Record(path, SUBJECT)
+    record.require_facts({"data_sha256": "d"})
+    record.put({"method": "l1"}, {"accuracy": 98.0}, RUN)
+    with pytest.raises(ConfigError, match="other inputs"):
+        Record(path, SUBJECT).require_facts({"data_sha256": "e"})
+    with pytest.raises(ConfigError, match="move the file away"):
+        Record(path, Subject(part="selection", network="lenet", seed=4, budget="macs_removed-0.5"))
+    path.write_text(json.dumps({"record_version": 0}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="record_version"):
+        Record(path, SUBJECT)
+
+
+# --- the parts, on a network of a few channels ------------------------------------------------------------------------
+
+
+ENTRY = TrainedNetwork(
+    name="chain", checkpoint="chain.pt", data="noise", parameters_removed=(0.3, 0.5), macs_removed=(0.4,)
+)
+
+
+class TinyRequest(Request):
+    """A request whose network needs no file."""
+
+    def bench(self) -> Bench:
+        torch.manual_seed(0)
+        train, test = random_split(1800), random_split(200, seed=1)
+        data = ImageData(
+            name="noise", train=train, test=test, num_classes=3, input_shape=IMAGE_SHAPE, mean=train.mean,
+            std=train.std, class_names=("a", "b", "c"), sha256="d",
+        )  # fmt: skip
+        config = PruneConfig(seed=self.seed, calibration_samples=192, validation_samples=200, min_rows=500)
+        return Bench(ENTRY, warm_up(Chain()), data, config, "c")
+
+
+@pytest.fixture(scope="module")
+def request_chain() -> TinyRequest:
+    return TinyRequest(network="lenet", seed=0, threads=1, folders=Folders(data=Path(), checkpoints=Path()))
+
+
+def test_every_method_is_measured_at_the_same_size_plain_and_refit(request_chain: TinyRequest, tmp_path: Path) -> None:
+    meter = selection.SelectionMeter(request_chain)
+    subject = Subject(part="selection", network="chain", seed=0, budget="parameters_removed-0.5")
+    facts = meter.facts(Record(subject.path(tmp_path), subject))
+    found = {
+        (weights, widths, method): meter.measure(subject, {"method": method, "weights": weights, "widths": widths})
+        for weights, widths in selection.VARIANTS
+        for method in METHODS
+    }
+    for widths in ("uniform", "allocated"):
+        sizes = {tuple(values["widths"]) for (_, kind, _), values in found.items() if kind == widths}
+        assert len(sizes) == 1
+    assert all(values["parameters"] <= 0.5 * facts["dense"]["parameters"] for values in found.values())
+    bench = request_chain.bench()
+    kept = make_selector("l1", bench)
+    groups = bench.network.groups
+    full = {group.name: group.num_channels for group in groups.groups}
+    widths = dict(zip(full, found["plain", "uniform", "l1"]["widths"], strict=True))
+    plan = select_plan(kept, full, widths)
+    sliced = slice_network(bench.network.model, groups, plan).eval()
+    assert found["plain", "uniform", "l1"]["accuracy"] == bench.accuracy(sliced)
+    assert found["plain", "uniform", "l1"]["plan_sha256"] == plan.digest()
+    assert found["plain", "uniform", "l1"]["parameters"] == sum(value.numel() for value in sliced.parameters())
+
+
+def test_calibration_validation_and_test_images_are_apart(request_chain: TinyRequest) -> None:
+    bench = request_chain.bench()
+    assert not set(bench.calibration.indices) & set(bench.validation.indices)
+    assert bench.calibration.split is bench.validation.split is bench.data.train
+    assert bench.test.split is bench.data.test
+    subset = budgets.Subset(bench.validation)
+    assert torch.equal(subset.batch(np.array([2, 0])), bench.data.train.batch(bench.validation.indices[[2, 0]]))
+    assert subset.labels[0] == bench.data.train.labels[bench.validation.indices[0]]
+
+
+def measure_to(folder: Path, part: str, network: str, cells: list[tuple[dict, dict]]) -> None:
+    """Store cells of one part."""
+    subject = Subject(part=part, network=network, seed=0)
+    record = Record(subject.path(folder), subject)
+    for key, values in cells:
+        record.put(key, values, RUN_WITH_VERSIONS)
+
+
+RUN_WITH_VERSIONS = {
+    "command": "make benchmark PART=x", "code_commit": "0123456789abcdef", "environment": {"threads": 1, "torch": "2"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(request_chain: TinyRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of every part but the selection."""
+    folder = tmp_path_factory.mktemp("results")
+    meters = {
+        "budgets": (budgets.BudgetMeter(request_chain), {"max_accuracy_drop": 30.0}),
+        "epoch": (epoch.EpochMeter(request_chain), {"max_accuracy_drop": 30.0}),
+        "latency": (latency.LatencyMeter(request_chain), {"budget": "parameters_removed-0.5"}),
+    }
+    for part, (meter, key) in meters.items():
+        values = meter.measure(Subject(part=part, network="chain", seed=0), key)
+        measure_to(folder, part, "chain", [(key, dict(values))])
+    return folder
+
+
+def test_parts_measure_what_they_say(measured: Path) -> None:
+    (budget,), (times,), (latencies,) = (list(all_records(part, measured)) for part in ("budgets", "epoch", "latency"))
+    values = budget["cells"][0]["values"]
+    assert values["candidates"]
+    assert set(values["one_shot"]["latency_ms"]) == {"1", "64"}
+    assert {"calibrate", "solve", "search", "certify"} <= set(values["timings_seconds"])
+    values = times["cells"][0]["values"]
+    assert "measure" not in values["stages_seconds"]
+    assert values["prune_seconds"] == pytest.approx(sum(values["stages_seconds"].values()), abs=0.01)
+    assert values["ratio"]["float32"] == pytest.approx(
+        sum(values["stages_seconds"].values()) / values["epoch_seconds"]["float32"]
+    )
+    values = latencies["cells"][0]["values"]
+    assert values["macs"]["pruned"] < values["macs"]["dense"]
+    assert values["latency_ms"]["dense"]["64"] > 0
+
+
+def test_solving_time_is_measured_on_moments_of_as_many_rows_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "CHANNELS", 6)
+    monkeypatch.setattr(scaling, "OUTPUTS", 4)
+    monkeypatch.setattr(scaling, "_LATENT", 5)
+    request = Request(network="synthetic", seed=0, threads=1, folders=Folders(data=Path(), checkpoints=Path()))
+    meter = scaling.ScalingMeter(request)
+    subject = Subject(part="scaling", network="synthetic", seed=0)
+    few, many = (meter.measure(subject, {"quantity": "solve", "images": images}) for images in (100, 20_000))
+    assert (few["rows"], many["rows"]) == (10_000, 20_000)
+    assert few["solve_seconds"] > 0
+    rate = meter.measure(subject, {"quantity": "moments"})
+    assert rate["moments_gflops"] < rate["moments_gflops_if_full"]
+
+
+@pytest.mark.parametrize("stage", ["solve", "assemble"])
+def test_peak_memory_is_that_of_a_whole_pruning(
+    stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assembled: list[PruningPlan] = []
+    monkeypatch.setattr(memory, "NETWORK", "digits_cnn")
+    monkeypatch.setattr(memory, "SHAPE", (1, 8, 8))
+    monkeypatch.setattr(memory, "score_candidate", lambda job, plan: assembled.append(plan))
+    monkeypatch.setattr(sys, "argv", ["memory", "96", stage, "1"])
+    memory.main()
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["network"] == "digits_cnn"
+    assert figures["peak_mib"] >= figures["libraries_mib"] > 50
+    assert len(assembled) == (stage == "assemble")
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_fitted_exponent_is_that_of_the_curve(power: float) -> None:
+    assert exponent([(n, 3.0 * n**power) for n in (1000, 3000, 50_000)]) == pytest.approx(power)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def store_selection(folder: Path, seeds: tuple[int, ...]) -> dict[tuple[int, str, str, str], float]:
+    """Different accuracies in every cell."""
+    stored = {}
+    for seed in seeds:
+        subject = Subject(part="selection", network="lenet", seed=seed, budget="parameters_removed-0.92")
+        record = Record(subject.path(folder), subject)
+        dense = {"accuracy": 99.5, "parameters": 1000, "macs": 5000}
+        record.require_facts({"dense": dense, "test_samples": 100, "calibration_samples": 10})
+        for number, (method, (weights, widths)) in enumerate(itertools.product(METHODS, selection.VARIANTS)):
+            accuracy = 50.0 + number + 0.11 * seed
+            key = {"method": method, "weights": weights, "widths": widths}
+            record.put(key, {"accuracy": accuracy, "parameters": 80, "macs": 900}, RUN_WITH_VERSIONS)
+            stored[seed, method, weights, widths] = accuracy
+    return stored
+
+
+def page_of(folder: Path, output: Path) -> str:
+    output.mkdir(exist_ok=True)
+    (output / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    write_page(folder, output)
+    return (output / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_stored_accuracy_is_on_the_page(tmp_path: Path) -> None:
+    stored = store_selection(tmp_path / "results", (0,))
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    for accuracy in stored.values():
+        assert sum(f" {accuracy:.2f} " in line for line in rows) == 1
+    assert (tmp_path / "out" / "plots" / "selection-lenet-parameters.svg").read_text().count("<svg") == 1
+    assert "92.00%" in text  # what was really removed: 80 of 1000 parameters are left
+
+
+def test_seeds_are_averaged_and_pages_are_the_same_every_time(tmp_path: Path) -> None:
+    store_selection(tmp_path / "results", (0, 1, 2))
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    assert "50.11 ± 0.11" in text
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out" / "plots").iterdir()}
+    assert page_of(tmp_path / "results", tmp_path / "out") == text
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "plots").iterdir()} == first
+    assert "50.11 ± 0.11" in short_table(tmp_path / "results")
+
+
+def test_the_other_parts_have_their_figures_on_the_page(measured: Path, tmp_path: Path) -> None:
+    text = page_of(measured, tmp_path / "out")
+    (record,) = all_records("epoch", measured)
+    assert f"| {record['cells'][0]['values']['prune_seconds']:.1f} |" in text
+    assert text.count("Not measured yet.") == 2  # selection and scaling
+    assert (tmp_path / "out" / "plots" / "latency.svg").exists()
+
+
+def test_curves_over_images_are_fitted_and_drawn(tmp_path: Path) -> None:
+    cells: list[tuple[dict, dict]] = []
+    for n in (1000, 10_000):
+        key = {"quantity": "solve", "images": n}
+        cells.append((key, {"solve_seconds": 2.0, "moments_seconds": n / 500}))
+        for stage in ("solve", "assemble"):
+            key = {"quantity": "memory", "stage": stage, "images": n}
+            cells.append((key, {"peak_mib": n / 2 if stage == "assemble" else 500.0}))
+    measure_to(tmp_path / "results", "scaling", "synthetic", cells)
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    assert text.count("**0.000**") == text.count("**1.000**") == 2
+    assert (tmp_path / "out" / "plots" / "scaling.svg").exists()
+
+
+def test_a_page_without_markers_is_refused_and_stays(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("text", encoding="utf-8")
+    with pytest.raises(ConfigError, match="markers"):
+        replace_between_markers(page, "table")
+    assert page.read_text(encoding="utf-8") == "text"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_measured_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Counter:
+        def facts(self, record: Record) -> dict[str, str]:
+            return {"data_sha256": "d"}
+
+        def measure(self, subject: Subject, key: dict[str, str]) -> dict[str, float]:
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append(key["method"])
+            return {"accuracy": 1.0}
+
+    part = selection.PART
+    monkeypatch.setitem(
+        main.__globals__["PARTS"], "selection",
+        type(part)(name=part.name, networks=part.networks, threads=1, cells=part.cells, meter=lambda _: Counter()),
+    )  # fmt: skip
+    arguments = ["--part", "selection", "--network", "lenet", "--budget", "parameters_removed-0.92", "--methods",
+                 "ours,l1", "--results", str(tmp_path)]  # fmt: skip
+    assert main(arguments) == 130
+    assert seen == ["ours", "l1", "ours"]
+    seen.append("after the interruption")  # so that the counter does not stop again
+    assert main(arguments) == 0
+    assert len(seen) == 4 + 5  # eight cells in all, three of them stored before
+    assert main(arguments) == 0
+    assert len(seen) == 4 + 5
+    assert main([*arguments, "--force"]) == 0
+    assert len(seen) == 4 + 5 + 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--part", "speed"], "part: expected one of selection"),
+        (["--part", "selection", "--network", "alexnet"], "network: expected one of lenet"),
+        (["--part", "selection", "--network", "lenet", "--budget", "x"], "budget: expected one of"),
+        (["--part", "selection", "--network", "lenet", "--methods", "magic"], "methods: expected some of"),
+        (["--part", "budgets", "--network", "lenet", "--checkpoints", "nowhere", "--data-root", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--results", str(tmp_path / "results")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_all_parts_are_reached() -> None:
+    assert {part.name for part, _ in choose("all", "all")} == {"selection", "budgets", "epoch", "scaling", "latency"}
+    assert [network for _, network in choose("scaling", "all")] == ["synthetic"]
