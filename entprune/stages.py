@@ -39,6 +39,7 @@ from entprune.regression import GroupProblem, build_problem
 from entprune.residuals import Residual, ResidualGraph, find_norms, find_residuals, norm_gain
 from entprune.runner import Runner, Work
 from entprune.selection import DenseReference, StopRule
+from entprune.shared_steps import SharedSteps
 from entprune.tracing import trace
 
 _EVALUATION_BATCH = 64
@@ -186,10 +187,14 @@ def calibrate_shard(job: CalibrationJob, shard: tuple[int, int]) -> dict[str, La
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SolveJob:
-    """What every solve unit of one group reads."""
+    """What every solve unit of one group reads, and in each process the steps that its settings have in common."""
 
     problem: GroupProblem
     device: str
+    shared: SharedSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shared", SharedSteps(self.problem, device=self.device))
 
 
 def group_problem(network: Network, group: ChannelGroup, statistics: Statistics) -> GroupProblem:
@@ -227,7 +232,7 @@ def _output_gain(network: Network, layer: str) -> np.ndarray:
 
 def solve_group(job: SolveJob, setting: PathSetting) -> SettingPath:
     """Unit: one continuation of one group."""
-    return solve_setting(job.problem, setting, device=job.device)
+    return solve_setting(job.problem, setting, device=job.device, shared=job.shared)
 
 
 SolveKey = tuple[str, PathSetting]
