@@ -6,7 +6,7 @@ Selection uses validation images alone, paired with the dense network's answers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from entprune.errors import ConfigError
 from entprune.path import SparsityPath
 from entprune.plan import GroupPlan, PruningPlan
 from entprune.runner import Runner, Work
+from entprune.selection import DenseReference, StopRule
 from entprune.stages import CandidateJob, CandidateScore, score_candidate
 
 _SMALLEST_FRACTION = 0.02
@@ -116,16 +117,46 @@ def search(
     Raises:
         ConfigError: a size budget that even the least widths do not reach.
     """
-    session = _Session(job, runner, known, on_score)
+    ledger = Ledger(job.stop, job.reference)
+    scorer = _Scorer(job, runner, known, on_score)
+    steps = search_steps(paths, cost, ledger, budget, config)
     try:
-        if budget.kind == "max_accuracy_drop":
-            problem = allocation_problem(paths, cost, config, config.objective)
-            return _by_accuracy(problem, paths, session, config)
-        objective: Objective = "parameters" if budget.kind == "parameters_removed" else "macs"
-        problem = allocation_problem(paths, cost, config, objective)
-        return _by_size(problem, paths, session, budget.value)
+        while True:
+            try:
+                request = next(steps)
+            except StopIteration as end:
+                found: SearchResult = end.value
+                return found
+            scorer.score(request, ledger)
     finally:
-        session.close()
+        scorer.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ScoreRequest:
+    """Plans that a search wants to see scored before it goes on; `stage` names what for."""
+
+    plans: tuple[PruningPlan, ...]
+    stage: str
+
+
+SearchSteps = Generator[ScoreRequest, None, SearchResult]
+
+
+def search_steps(
+    paths: Mapping[str, SparsityPath], cost: CostModel, ledger: Ledger, budget: Budget, config: PruneConfig
+) -> SearchSteps:
+    """Search as a sequence of requests; whoever drives it enters the scores into the ledger before it goes on.
+
+    Raises:
+        ConfigError: a size budget that even the least widths do not reach.
+    """
+    if budget.kind == "max_accuracy_drop":
+        problem = allocation_problem(paths, cost, config, config.objective)
+        return _by_accuracy(problem, paths, ledger, config)
+    objective: Objective = "parameters" if budget.kind == "parameters_removed" else "macs"
+    problem = allocation_problem(paths, cost, config, objective)
+    return _by_size(problem, paths, ledger, budget.value)
 
 
 def allocation_problem(
@@ -157,59 +188,46 @@ def plan_for_widths(paths: Mapping[str, SparsityPath], widths: Mapping[str, int]
     )
 
 
-class _Session:
-    """Scores plans, each once."""
+class Ledger:
+    """Scores of one search's plans, and the candidates that it made of them.
 
-    def __init__(
-        self,
-        job: CandidateJob,
-        runner: Runner,
-        known: Callable[[PruningPlan], CandidateScore | None],
-        on_score: OnScore | None,
-    ) -> None:
-        self._job, self._runner, self._known, self._on_score = job, runner, known, on_score
-        self._handle: Any = None
-        self._scores: dict[str, CandidateScore] = {}
+    Args:
+        stop: verdicts follow its budget and confidence.
+        reference: the dense network's answers, None where nothing is selected on them.
+
+    Attributes:
+        scores: by the plan's digest.
+        tried: candidates in the order tried.
+    """
+
+    def __init__(self, stop: StopRule, reference: DenseReference | None) -> None:
+        self._stop, self._reference = stop, reference
+        self.scores: dict[str, CandidateScore] = {}
         self.tried: list[Candidate] = []
 
     @property
     def max_drop(self) -> float:
         """Budget in points, infinite without one."""
-        return float("inf") if self._job.stop.max_drop is None else self._job.stop.max_drop
+        return float("inf") if self._stop.max_drop is None else self._stop.max_drop
 
-    def close(self) -> None:
-        if self._handle is not None:
-            self._runner.release(self._handle)
+    def missing(self, request: ScoreRequest) -> list[PruningPlan]:
+        """Plans without a score, each once."""
+        plans = {plan.digest(): plan for plan in request.plans}
+        return [plan for digest, plan in plans.items() if digest not in self.scores]
 
-    def score(self, plans: Sequence[PruningPlan], stage: str) -> list[CandidateScore]:
-        """Scores of the plans, from memory, from an earlier run, or computed now."""
-        missing: list[PruningPlan] = []
-        for plan in {plan.digest(): plan for plan in plans}.values():
-            if plan.digest() in self._scores:
-                continue
-            earlier = self._known(plan)
-            if earlier is not None:
-                self._scores[plan.digest()] = earlier
-            else:
-                missing.append(plan)
-        if missing:
-            if self._handle is None:
-                self._handle = self._runner.share(self._job)
+    def score(self, plan: PruningPlan) -> CandidateScore:
+        """The score of a plan that was requested."""
+        return self.scores[plan.digest()]
 
-            def collect(number: int, score: CandidateScore) -> None:
-                self._scores[missing[number].digest()] = score
-                if self._on_score is not None:
-                    self._on_score(missing[number], score)
+    def drops(self, plan: PruningPlan) -> np.ndarray:
+        """(j,) estimated drop of each validation image a plan was scored on, in points; none without a reference."""
+        predicted = self.score(plan).predicted
+        return np.zeros(0) if self._reference is None else self._reference.drops(predicted)
 
-            work = [Work(shared=self._handle, item=plan) for plan in missing]
-            self._runner.run(score_candidate, work, stage=stage, on_result=collect)
-        return [self._scores[plan.digest()] for plan in plans]
-
-    def judge(
-        self, problem: AllocationProblem, plan: PruningPlan, score: CandidateScore, fraction: float, number: int
-    ) -> Candidate:
-        """Turn a score into a candidate with its verdict."""
-        stop, reference, count = self._job.stop, self._job.reference, len(score.predicted)
+    def judge(self, problem: AllocationProblem, plan: PruningPlan, fraction: float, number: int) -> Candidate:
+        """Turn a plan's score into a candidate with its verdict."""
+        score = self.score(plan)
+        stop, reference, count = self._stop, self._reference, len(score.predicted)
         drop = upper = accuracy = label_drop = None
         if reference is not None and count:
             drop, _, upper = stop.bounds(reference.drops(score.predicted))
@@ -231,32 +249,71 @@ class _Session:
         self.tried.append(candidate)
         return candidate
 
+    def nearest(self) -> Candidate:
+        """The candidate that comes nearest to the budget."""
+        return min(self.tried, key=lambda candidate: candidate.upper_bound or 0.0)
+
     def finish(self, chosen: Candidate, budget_met: bool) -> SearchResult:
         """Result with the chosen candidate's weights."""
         return SearchResult(
             candidates=tuple(self.tried),
             chosen=chosen,
-            state=self._scores[chosen.plan.digest()].state,
+            state=self.score(chosen.plan).state,
             budget_met=budget_met,
         )
 
 
+class _Scorer:
+    """Scores what one search asks for: from an earlier run, or on the runner's workers."""
+
+    def __init__(
+        self,
+        job: CandidateJob,
+        runner: Runner,
+        known: Callable[[PruningPlan], CandidateScore | None],
+        on_score: OnScore | None,
+    ) -> None:
+        self._job, self._runner, self._known, self._on_score = job, runner, known, on_score
+        self._handle: Any = None
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._runner.release(self._handle)
+
+    def score(self, request: ScoreRequest, ledger: Ledger) -> None:
+        """Enter the scores of the requested plans."""
+        for plan in ledger.missing(request):
+            earlier = self._known(plan)
+            if earlier is not None:
+                ledger.scores[plan.digest()] = earlier
+        missing = ledger.missing(request)
+        if not missing:
+            return
+        if self._handle is None:
+            self._handle = self._runner.share(self._job)
+
+        def collect(number: int, score: CandidateScore) -> None:
+            ledger.scores[missing[number].digest()] = score
+            if self._on_score is not None:
+                self._on_score(missing[number], score)
+
+        work = [Work(shared=self._handle, item=plan) for plan in missing]
+        self._runner.run(score_candidate, work, stage=request.stage, on_result=collect)
+
+
 def _by_size(
-    problem: AllocationProblem, paths: Mapping[str, SparsityPath], session: _Session, removed: float
-) -> SearchResult:
+    problem: AllocationProblem, paths: Mapping[str, SparsityPath], ledger: Ledger, removed: float
+) -> SearchSteps:
     """One allocation: the size is known without trying."""
     plan = plan_for_widths(paths, allocate(problem, 1.0 - removed))
-    (score,) = session.score([plan], "assemble")
-    candidate = session.judge(problem, plan, score, 1.0 - removed, 1)
-    return session.finish(replace(candidate, accepted=True), True)
+    yield ScoreRequest(plans=(plan,), stage="assemble")
+    candidate = ledger.judge(problem, plan, 1.0 - removed, 1)
+    return ledger.finish(replace(candidate, accepted=True), True)
 
 
 def _by_accuracy(
-    problem: AllocationProblem,
-    paths: Mapping[str, SparsityPath],
-    session: _Session,
-    config: PruneConfig,
-) -> SearchResult:
+    problem: AllocationProblem, paths: Mapping[str, SparsityPath], ledger: Ledger, config: PruneConfig
+) -> SearchSteps:
     """Narrow a bracket of kept fractions, several candidates per round, on a logarithmic scale."""
     bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
@@ -265,22 +322,18 @@ def _by_accuracy(
             break
         inner = bracket.next_fractions(config)
         plans = [plan_for_widths(paths, allocate(problem, float(fraction))) for fraction in inner]
-        scores = session.score(plans, f"search, round {number}")
+        yield ScoreRequest(plans=tuple(plans), stage=f"search, round {number}")
         judged = [
-            session.judge(problem, plan, score, float(fraction), number)
-            for plan, score, fraction in zip(plans, scores, inner, strict=True)
+            ledger.judge(problem, plan, float(fraction), number) for plan, fraction in zip(plans, inner, strict=True)
         ]
         for candidate in judged:  # ascending size: the bracket's ends are the last refusal below the first acceptance
-            excess = _log_ratio(candidate.upper_bound or 0.0, session.max_drop)
+            excess = _log_ratio(candidate.upper_bound or 0.0, ledger.max_drop)
             if candidate.accepted:
                 best = candidate
                 bracket.high, bracket.excess_high = candidate.kept_fraction, excess
                 break
             bracket.low, bracket.excess_low = candidate.kept_fraction, excess
-    if best is not None:
-        return session.finish(best, True)
-    nearest = min(session.tried, key=lambda candidate: candidate.upper_bound or 0.0)
-    return session.finish(nearest, False)
+    return ledger.finish(best, True) if best is not None else ledger.finish(ledger.nearest(), False)
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """Continuations of one group at several settings, computing once what they have in common.
 
-Settings often start alike: from the same probabilities, at the same L2 weight, and, while the largest number of channels
-per level leaves, with the same channels left. A step is found again under the exact bits of the state that it starts
-from, so a continuation comes out bit by bit as it would alone, whichever others are solved beside it.
+Settings often start alike: from the same probabilities, at the same L2 weight, and, while the largest allowed number of
+channels leaves after each level, with the same channels left. A step is found again under the exact bits of the state
+that it starts from, so a continuation comes out bit by bit as it would alone, whichever others are solved beside it.
 
 Axes: a alive channels, c channels.
 """

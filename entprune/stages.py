@@ -9,7 +9,7 @@ same plan.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -254,35 +254,55 @@ def solve(
         on_result: called with each new result as it comes in.
     """
     found: dict[SolveKey, SettingPath] = dict(known or {})
-    keys: list[SolveKey] = []
-    work: list[Work] = []
-    handles: list[Any] = []
-    for group in network.groups.groups:
-        missing = [setting for setting in config.settings if (group.name, setting) not in found]
-        if not missing:
-            continue
-        problem = group_problem(network, group, statistics)
-        handles.append(runner.share(SolveJob(problem=problem, device=config.device)))
-        keys.extend((group.name, setting) for setting in missing)
-        work.extend(Work(shared=handles[-1], item=setting, cost=problem.solve_cost()) for setting in missing)
+    missing = {
+        group.name: tuple(setting for setting in config.settings if (group.name, setting) not in found)
+        for group in network.groups.groups
+    }
+    groups = [group for group in network.groups.groups if missing[group.name]]
 
-    def collect(number: int, result: SettingPath) -> None:
-        found[keys[number]] = result
+    def collect(number: int, setting: PathSetting, result: SettingPath) -> None:
+        key = (groups[number].name, setting)
+        found[key] = result
         if on_result is not None:
-            on_result(keys[number], result)
+            on_result(key, result)
 
-    try:
-        if work:
-            runner.run(solve_group, work, stage="solve", on_result=collect)
-    finally:
-        for handle in handles:
-            runner.release(handle)
+    requests = ((group_problem(network, group, statistics), missing[group.name]) for group in groups)
+    solve_pool(requests, runner, device=config.device, on_result=collect)
     return {
         group.name: lower_envelope(
             group.name, len(group.consumers), [found[group.name, setting] for setting in config.settings]
         )
         for group in network.groups.groups
     }
+
+
+def solve_pool(
+    requests: Iterable[tuple[GroupProblem, Sequence[PathSetting]]],
+    runner: Runner,
+    *,
+    device: str,
+    on_result: Callable[[int, PathSetting, SettingPath], None],
+) -> None:
+    """Solve (group, setting) pairs of any number of groups, networks and calibrations as one pool of work.
+
+    Args:
+        requests: problems, each with the settings that are wanted; taken one by one, so that the workers' copies are
+            the only ones.
+        on_result: called with (number of the request, setting, result) as results come in.
+    """
+    pairs: list[tuple[int, PathSetting]] = []
+    work: list[Work] = []
+    handles: list[Any] = []
+    try:
+        for number, (problem, settings) in enumerate(requests):
+            handles.append(runner.share(SolveJob(problem=problem, device=device)))
+            pairs.extend((number, setting) for setting in settings)
+            work.extend(Work(shared=handles[-1], item=setting, cost=problem.solve_cost()) for setting in settings)
+        if work:
+            runner.run(solve_group, work, stage="solve", on_result=lambda index, path: on_result(*pairs[index], path))
+    finally:
+        for handle in handles:
+            runner.release(handle)
 
 
 # --- predictions of one network on many images -----------------------------------------------------------------------

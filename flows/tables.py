@@ -57,6 +57,34 @@ def result_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def sweep_table(content: Mapping[str, Any]) -> Table:
+    """Settings of a sweep, from the content of sweep.json; the chosen one stands out."""
+    from entprune.report.sweep_page import describe_search, fronts_of  # noqa: PLC0415 -- imports torch
+
+    table = Table(title="Settings", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("#", justify="right")
+    table.add_column("setting", overflow="fold")
+    for title in ("parameters", "MACs", "latency, batch 64", "validation drop", "at most"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("front of")
+    table.add_column("search")
+    for setting in content["settings"]:
+        result, number = setting["result"], setting["number"]
+        table.add_row(
+            str(number),
+            escape(setting["label"]),
+            _size(result["parameters"], result["parameters_removed"]),
+            _size(result["macs"], result["macs_removed"]),
+            _milliseconds(result["latency_ms"].get("64")),
+            _points(result["validation_drop"]),
+            _points(result["drop_upper_bound"]),
+            ", ".join(fronts_of(content, number)) or _MISSING,
+            describe_search(setting),
+            style="bold" if number == content["chosen"]["number"] else None,
+        )
+    return table
+
+
 def certificate_text(certificate: Mapping[str, Any]) -> str:
     """Verdict and difference in a few characters."""
     verdict = "[green]passed[/green]" if certificate["passed"] else "[red]failed[/red]"

@@ -65,7 +65,7 @@ from tasks.units import FinetuneJob, finetune_student
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_LATENCY_REPEATS = 5
+LATENCY_REPEATS = 5
 
 
 class Inputs(Protocol):
@@ -261,7 +261,7 @@ def search(
             work, engine, work.network.model, work.validation, work.keys.validation, step="validate dense"
         )
         reference = dense_reference(dense, work.validation, work.config)
-        job = _candidate_job(work, calibration.statistics, reference)
+        job = candidate_job(work, calibration.statistics, reference)
         found = search_budget(
             paths,
             work.network.cost,
@@ -276,7 +276,8 @@ def search(
         return found, reference.accuracy()
 
 
-def _candidate_job(work: Workload, statistics: Statistics, reference: DenseReference) -> CandidateJob:
+def candidate_job(work: Workload, statistics: Statistics, reference: DenseReference) -> CandidateJob:
+    """What candidate units of a workload read."""
     images, config = work.calibration, work.config
     return CandidateJob(
         network=work.network,
@@ -400,7 +401,7 @@ def _measure_one(work: Workload, engine: Engine, model: nn.Module, name: str) ->
     correct = is_correct(logits_of(work, engine, model, work.test, work.keys.test, step=f"measure {name}"), work.test)
     shape = work.network.input_shape
     with torch_threads(work.config.threads):
-        latency_ms = measure_latency(model, shape, repeats=_LATENCY_REPEATS)
+        latency_ms = measure_latency(model, shape, repeats=LATENCY_REPEATS)
     return Measurement(
         accuracy=100.0 * float(correct.mean()),
         parameters=count_parameters(model),
