@@ -6,7 +6,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from prefect.logging.configuration import ensure_logging_setup
 
 from entprune.path import SparsityPath
 from entprune.race import Entrant, Finish
-from entprune.report import environment
 from entprune.report.sweep_page import render_sweep
 from entprune.storage import atomic_write_text, staging_directory
 from flows.environment import cache_folder
 from flows.prune_model import finish, lineage_of, publish
-from flows.sweep_content import Entry, choose, describe_fronts, describe_setting
+from flows.sweep_content import Entry, choose, describe_setting, describe_sweep
 from flows.sweep_inputs import SWEEP_NAME, preflight_sweep
 from flows.sweep_parameters import SweepParameters, SweepSetting
 from flows.tracked import run_name, tracked_run
@@ -112,43 +111,20 @@ class _Sweep:
         parameters, engine = self.parameters, self.engine
         chosen = choose(entries, parameters.max_accuracy_drop(), parameters.choose.smallest)
         number = chosen.number
-        children = {entry.setting.number: self._log_child(entry) for entry in entries if entry.setting.number != number}
+        runs = {entry.setting.number: self._log_child(entry) for entry in entries if entry.setting.number != number}
         found = sweeping.assemble_chosen(entrants[number], finishes[number], engine)
-        asked, work = self.settings[number].parameters, self.works[number]
-        reference = entrants[number].job.reference
         with staging_directory(parameters.output, marker=SWEEP_NAME) as folder:
-            with self._child_run(entries[number]) as child_id:
-                children[number] = child_id
-                validation_accuracy = 0.0 if reference is None else reference.accuracy()
-                outcome = finish(asked, work, engine, paths[number], found, validation_accuracy)
-                inside = asked.model_copy(update={"output": folder / "chosen"})
-                report = publish(inside, work, outcome, child_id, engine.clock)
-            content = {
-                "schema_version": 1,
-                "kind": "sweep",
-                "model": report["model"],
-                "data": report["data"],
-                "dense": report["dense"],
+            with self._child_run(entries[number]) as runs[number]:
+                asked = entries[number].setting.parameters.model_copy(update={"output": folder / "chosen"})
+                accuracy = sweeping.dense_accuracy(entrants[number])
+                outcome = finish(asked, entries[number].work, engine, paths[number], found, accuracy)
+                report = publish(asked, entries[number].work, outcome, runs[number], engine.clock)
+            content = describe_sweep(entries, chosen, report, runs) | {
                 "swept": list(parameters.swept()),
                 "early_stop": parameters.early_stop,
-                "settings": [
-                    describe_setting(entry) | {"mlflow_run_id": children[entry.setting.number]} for entry in entries
-                ],
-                "fronts": describe_fronts(entries),
-                "chosen": {
-                    "number": number,
-                    "rule": chosen.rule,
-                    "budget_met": chosen.budget_met,
-                    "report": "chosen/report.json",
-                    "one_shot": report["one_shot"],
-                    "fine_tuned": report["fine_tuned"],
-                    "certificate": report["certificate"],
-                    "registered_version": report["lineage"]["registered_version"],
-                },
                 "solve": dict(solve),
                 "timings_seconds": engine.clock.timings(),
-                "lineage": {**lineage_of(work), "mlflow_run_id": self.run_id},
-                "environment": environment(),
+                "lineage": {**lineage_of(entries[number].work), "mlflow_run_id": self.run_id},
             }
             self._write(content, folder)
         return content
@@ -170,19 +146,14 @@ class _Sweep:
             {"chosen": {"number": content["chosen"]["number"], **figures}, "seconds": content["timings_seconds"]},
         )
 
-    def _child_run(self, entry: Entry) -> Any:
+    def _child_run(self, entry: Entry) -> AbstractContextManager[str]:
         setting, work = entry.setting, entry.work
         asked = {**setting.values, "config": work.config.to_dict(), "budget": work.budget.to_dict()}
-        tags = {
-            "mlflow.parentRunId": self.run_id,
-            "status": entry.status,
-            **lineage_of(work),
-        }
+        tags = {"mlflow.parentRunId": self.run_id, "status": entry.status, **lineage_of(work)}
         return tracked_run(setting.parameters.experiment, f"{setting.number}: {setting.label()}", tags, asked)
 
     def _log_child(self, entry: Entry) -> str:
         """Figures of a setting that was not chosen; returns its run."""
         with self._child_run(entry) as child_id:
             tracking.log_stage(child_id, describe_setting(entry)["result"])
-            run_id: str = child_id
-        return run_id
+        return child_id

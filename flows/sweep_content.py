@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,34 @@ def choose(entries: Sequence[Entry], max_drop: float | None, smallest: str) -> C
         return Chosen(number=min(within, key=size).setting.number, budget_met=True, rule=rule)
     nearest = min(finished, key=lambda entry: (bound(entry), *size(entry)))
     return Chosen(number=nearest.setting.number, budget_met=False, rule=f"{rule}; none does, so the nearest")
+
+
+def describe_sweep(
+    entries: Sequence[Entry], chosen: Chosen, report: Mapping[str, Any], runs: Mapping[int, str]
+) -> dict[str, Any]:
+    """What sweep.json says of the settings and of the chosen one.
+
+    Args:
+        entries: all settings.
+        chosen: one of them.
+        report: content of the chosen network's report.json.
+        runs: MLflow run of each setting.
+    """
+    return {
+        "schema_version": 1,
+        "kind": "sweep",
+        **{name: report[name] for name in ("model", "data", "dense", "environment")},
+        "settings": [describe_setting(entry) | {"mlflow_run_id": runs[entry.setting.number]} for entry in entries],
+        "fronts": describe_fronts(entries),
+        "chosen": {
+            "number": chosen.number,
+            "rule": chosen.rule,
+            "budget_met": chosen.budget_met,
+            "report": "chosen/report.json",
+            **{name: report[name] for name in ("one_shot", "fine_tuned", "certificate")},
+            "registered_version": report["lineage"]["registered_version"],
+        },
+    }
 
 
 def describe_setting(entry: Entry) -> dict[str, Any]:

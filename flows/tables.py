@@ -64,24 +64,29 @@ def sweep_table(content: Mapping[str, Any]) -> Table:
     table = Table(title="Settings", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("#", justify="right")
     table.add_column("setting", overflow="fold")
-    for title in ("parameters", "MACs", "latency, batch 64", "validation drop", "at most"):
+    for title in ("params", "MACs", "ms", "drop", "at most"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("front of")
+    table.add_column("front")
     table.add_column("search")
     for setting in content["settings"]:
         result, number = setting["result"], setting["number"]
         table.add_row(
             str(number),
             escape(setting["label"]),
-            _size(result["parameters"], result["parameters_removed"]),
-            _size(result["macs"], result["macs_removed"]),
-            _milliseconds(result["latency_ms"].get("64")),
+            f"−{100 * result['parameters_removed']:.1f}%",
+            f"−{100 * result['macs_removed']:.1f}%",
+            f"{result['latency_ms']['64']:.2f}",
             _points(result["validation_drop"]),
             _points(result["drop_upper_bound"]),
-            ", ".join(fronts_of(content, number)) or _MISSING,
+            " ".join(axis[0].upper() for axis in fronts_of(content, number)) or _MISSING,
             describe_search(setting),
             style="bold" if number == content["chosen"]["number"] else None,
         )
+    table.caption = (
+        "Drop: points on validation images, and their upper confidence bound.\nms: latency of a batch of 64. "
+    )
+    table.caption += "Front: no other network beats it in drop and P parameters, M MACs, L latency."
+    table.caption_justify = "left"
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -160,7 +161,7 @@ def solve(
             for work, group, settings in wanted
         )
         solve_pool(requests, engine.runner, device=works[0].config.device, on_result=keep)
-        engine.clock.summarise(f"{counts.solved} continuations for {len(works)} settings, which ask for {counts.asked}")
+        engine.clock.summarise(f"{counts.solved} continuations solved, {counts.asked} asked for")
         return [_envelopes(work, known) for work in works], counts
 
 
@@ -244,6 +245,12 @@ def _entrant(
         known=lambda plan: recall_score(job, engine.store, keys.candidate(plan)),
         on_score=lambda plan, score: keep_score(engine.store, keys.candidate(plan), score),
     )
+
+
+def dense_accuracy(entrant: Entrant) -> float:
+    """Percent of the validation images that the dense network classifies correctly; NaN without any."""
+    reference = entrant.job.reference
+    return math.nan if reference is None else reference.accuracy()
 
 
 @stage_task("assemble")

@@ -177,7 +177,7 @@ def _plot(content: Mapping[str, Any]) -> str:
 
 def _points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Marks of the plot, each with the lines of its tooltip."""
-    points = []
+    points: list[dict[str, Any]] = []
     for setting in content["settings"]:
         result = setting["result"]
         others = [tried for tried in setting["candidates"] if _size(tried) != _size(result)]
