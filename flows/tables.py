@@ -61,7 +61,14 @@ def sweep_table(content: Mapping[str, Any]) -> Table:
     """Settings of a sweep, from the content of sweep.json; the chosen one stands out."""
     from entprune.report.sweep_page import fronts_of  # noqa: PLC0415 -- imports torch
 
-    table = Table(title="Settings", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="Settings",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column("#", justify="right")
     table.add_column("setting", overflow="fold", min_width=18)
     for title in ("params", "MACs", "ms", "drop", "bound"):
