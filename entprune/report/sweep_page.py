@@ -207,7 +207,7 @@ def _point(setting: Mapping[str, Any], figures: Mapping[str, Any], kind: str, la
 
 
 def _table(content: Mapping[str, Any]) -> str:
-    head = ("", "setting", "parameters removed", "MACs removed", "latency, batch 64", "validation drop", "at most",
+    head = ("", "setting", "parameters removed", "MACs removed", "latency, batch 64", "accuracy, points", "bound",
             "on the front", "search")  # fmt: skip
     titles = "".join(f"<th{'' if number == 1 else ' class=number'}>{title}</th>" for number, title in enumerate(head))
     rows = []
@@ -231,8 +231,8 @@ def _table(content: Mapping[str, Any]) -> str:
     return (
         "<h2>Settings</h2>\n<div class='card scroll'><table><thead><tr>"
         f"{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>\n"
-        "<p class='quiet small'>The chosen setting is in bold. Drops are in points of accuracy, negative for a gain; "
-        "“at most” is the upper confidence bound by which networks are accepted.</p>"
+        "<p class='quiet small'>The chosen setting is in bold. Points of accuracy gained (+) or lost (−) on the "
+        "validation images, and the confidence bound by which networks are accepted.</p>"
     )
 
 
