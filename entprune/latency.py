@@ -9,11 +9,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
 from entprune.allocation import AllocationProblem, Limits, allocate_within
 from entprune.assembly import slice_network
+from entprune.config import Budget, PruneConfig
 from entprune.errors import ConfigError
 from entprune.evaluation import measure_latency
 from entprune.plan import PruningPlan
@@ -27,6 +29,41 @@ _MAX_STEPS = 8
 
 KeptLatency = Callable[[PruningPlan], float]  # fraction of the dense network's latency
 Widths = dict[str, int]
+
+
+class LatencyBudget:
+    """What of the dense network's latency may be kept; each plan is measured once."""
+
+    def __init__(self, removed: float, measure: KeptLatency) -> None:
+        self.limit, self._measure = 1.0 - removed, measure
+        self._known: dict[str, float] = {}
+
+    def kept(self, plan: PruningPlan) -> float:
+        """Measured fraction of the dense network's latency."""
+        if plan.digest() not in self._known:
+            self._known[plan.digest()] = self._measure(plan)
+        return self._known[plan.digest()]
+
+    def allows(self, kept: float) -> bool:
+        """Whether a fraction is within the budget and its tolerance."""
+        return kept <= self.limit * (1.0 + LATENCY_TOLERANCE)
+
+
+def latency_budget(
+    network: Network, budget: Budget, config: PruneConfig, kept_latency: KeptLatency | None = None
+) -> LatencyBudget | None:
+    """The latency part of a budget, None without one.
+
+    Args:
+        network: dense.
+        budget: the user's.
+        config: settings; candidates are timed on as many threads as a worker has.
+        kept_latency: measures a plan; by default here and now.
+    """
+    if budget.latency_removed is None:
+        return None
+    here = partial(measure_kept_latency, network, batch_size=budget.latency_batch, threads=config.threads)
+    return LatencyBudget(budget.latency_removed, kept_latency or here)
 
 
 def measure_kept_latency(network: Network, plan: PruningPlan, batch_size: int, threads: int) -> float:

@@ -11,14 +11,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from entprune.errors import ConfigError
-from entprune.regression import (
-    EntropicState,
-    GroupProblem,
-    alternate,
-    initial_state,
-    keep_channels,
-    nested_errors,
-)
+from entprune.regression import GroupProblem
+from entprune.shared_steps import Continuation, SharedSteps
 
 _MAX_LEVELS = 60
 
@@ -127,21 +121,25 @@ class SparsityPath:
         return np.asarray(chosen.snapshots[nearest])
 
 
-def solve_setting(problem: GroupProblem, setting: PathSetting, *, device: str = "cpu") -> SettingPath:
+def solve_setting(
+    problem: GroupProblem, setting: PathSetting, *, device: str = "cpu", shared: SharedSteps | None = None
+) -> SettingPath:
     """Continue from small to large L2 weight at one setting, dropping channels as their probabilities vanish.
 
     Args:
         problem: scaled regressions of the group.
         setting: hyperparameters.
         device: torch device of the matrices.
+        shared: steps of the same problem's continuations at other settings; the result is the same without.
     """
-    state = initial_state(problem, device=device)
+    shared = shared or SharedSteps(problem, device=device)
+    state = shared.begin()
     dropped: list[int] = []
     snapshots: list[np.ndarray] = []
     l2_weight = setting.l2_start / problem.num_channels**2
     for _ in range(_MAX_LEVELS):
         entropy_weight = _entropy_weight(state, setting, l2_weight)
-        alternate(state, l2_weight=l2_weight, entropy_weight=entropy_weight, iterations=setting.iterations)
+        state.alternate(l2_weight=l2_weight, entropy_weight=entropy_weight, iterations=setting.iterations)
         snapshots.append(_snapshot(state, problem.num_channels))
         dropped.extend(_drop(state, setting))
         if len(state.alive) == 1:
@@ -154,13 +152,13 @@ def solve_setting(problem: GroupProblem, setting: PathSetting, *, device: str = 
     return SettingPath(
         setting=setting,
         order=order,
-        errors=nested_errors(problem, order.tolist(), device=device),
+        errors=shared.errors(order.tolist()),
         snapshots=np.stack(snapshots).astype(np.float32),
         status="complete" if len(survivors) == 1 else "level limit",
     )
 
 
-def _entropy_weight(state: EntropicState, setting: PathSetting, l2_weight: float) -> float:
+def _entropy_weight(state: Continuation, setting: PathSetting, l2_weight: float) -> float:
     """eps_w of this level: the L2 term is of size eps_l2 a^2 at uniform w, entropy at most log a."""
     count = len(state.alive)
     if setting.entropy_weight == 0.0 or count < 2:
@@ -168,13 +166,13 @@ def _entropy_weight(state: EntropicState, setting: PathSetting, l2_weight: float
     return setting.entropy_weight * l2_weight * count**2 / float(np.log(count))
 
 
-def _snapshot(state: EntropicState, num_channels: int) -> np.ndarray:
+def _snapshot(state: Continuation, num_channels: int) -> np.ndarray:
     row = np.zeros(num_channels)
     row[state.alive.numpy()] = state.probability.numpy()
     return row
 
 
-def _drop(state: EntropicState, setting: PathSetting) -> list[int]:
+def _drop(state: Continuation, setting: PathSetting) -> list[int]:
     """Remove vanished channels; return them, first removed first."""
     probability = state.probability
     ranked = probability.argsort(stable=True)
@@ -184,7 +182,7 @@ def _drop(state: EntropicState, setting: PathSetting) -> list[int]:
     if count == 0:
         return []
     removed = state.alive[ranked[:count]].tolist()
-    keep_channels(state, ranked[count:].sort().values)
+    state.keep(ranked[count:].sort().values)
     return [int(channel) for channel in removed]
 
 

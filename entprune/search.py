@@ -6,9 +6,8 @@ Selection uses validation images alone, paired with the dense network's answers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ import numpy as np
 from entprune.allocation import AllocationProblem, CostModel, Limits, Objective, allocate_within
 from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.errors import ConfigError
-from entprune.latency import LATENCY_TOLERANCE, KeptLatency, limit_macs, measure_kept_latency
+from entprune.latency import KeptLatency, LatencyBudget, latency_budget, limit_macs
 from entprune.path import SparsityPath
 from entprune.plan import GroupPlan, PruningPlan
 from entprune.runner import Runner, Work
+from entprune.selection import DenseReference, StopRule
 from entprune.stages import CandidateJob, CandidateScore, score_candidate
 
 _SMALLEST_FRACTION = 0.02
@@ -128,54 +128,58 @@ def search(
     Raises:
         ConfigError: a size or latency budget that even the least widths do not reach.
     """
-    latency = _Latency(budget, kept_latency or partial(_measured_latency, job, budget, config))
-    session = _Session(job, runner, known, on_score, latency)
+    ledger = Ledger(job.stop, job.reference, latency_budget(job.network, budget, config, kept_latency))
+    scorer = _Scorer(job, runner, known, on_score)
+    steps = search_steps(paths, cost, ledger, budget, config, dense_widths)
     try:
-        problem = allocation_problem(paths, cost, config, _objective(budget, config), dense_widths)
-        limits = budget.size_limits()
-        if budget.latency_removed is not None:
-            limits = dict(limit_macs(problem, limits, lambda w: latency.kept(plan_for_widths(paths, w)), latency.limit))
-        if budget.max_accuracy_drop is not None:
-            return _by_accuracy(problem, paths, session, config, limits)
-        return _by_size(problem, paths, session, limits)
+        while True:
+            try:
+                request = next(steps)
+            except StopIteration as end:
+                found: SearchResult = end.value
+                return found
+            scorer.score(request, ledger)
     finally:
-        session.close()
+        scorer.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ScoreRequest:
+    """Plans that a search wants to see scored before it goes on; `stage` names what for."""
+
+    plans: tuple[PruningPlan, ...]
+    stage: str
+
+
+SearchSteps = Generator[ScoreRequest, None, SearchResult]
+
+
+def search_steps(
+    paths: Mapping[str, SparsityPath],
+    cost: CostModel,
+    ledger: Ledger,
+    budget: Budget,
+    config: PruneConfig,
+    dense_widths: Mapping[str, int] | None = None,
+) -> SearchSteps:
+    """Search as a sequence of requests; whoever drives it enters the scores into the ledger before it goes on.
+
+    Raises:
+        ConfigError: a size or latency budget that even the least widths do not reach.
+    """
+    problem = allocation_problem(paths, cost, config, _objective(budget, config), dense_widths)
+    limits, latency = budget.size_limits(), ledger.latency
+    if latency is not None:
+        limits = dict(limit_macs(problem, limits, lambda w: latency.kept(plan_for_widths(paths, w)), latency.limit))
+    if budget.max_accuracy_drop is not None:
+        return _by_accuracy(problem, paths, ledger, config, limits)
+    return _by_size(problem, paths, ledger, limits)
 
 
 def _objective(budget: Budget, config: PruneConfig) -> Objective:
     if budget.max_accuracy_drop is not None:
         return config.objective
     return "parameters" if budget.parameters_removed is not None else "macs"
-
-
-def _measured_latency(job: CandidateJob, budget: Budget, config: PruneConfig, plan: PruningPlan) -> float:
-    return measure_kept_latency(job.network, plan, budget.latency_batch, config.threads)
-
-
-class _Latency:
-    """Latency budget; each plan is measured once."""
-
-    def __init__(self, budget: Budget, measure: KeptLatency) -> None:
-        self._removed, self._measure = budget.latency_removed, measure
-        self._known: dict[str, float] = {}
-
-    @property
-    def limit(self) -> float:
-        """Fraction of the dense network's latency that may be kept; infinite without a budget."""
-        return math.inf if self._removed is None else 1.0 - self._removed
-
-    def kept(self, plan: PruningPlan) -> float:
-        """Measured fraction of the dense network's latency."""
-        if plan.digest() not in self._known:
-            self._known[plan.digest()] = self._measure(plan)
-        return self._known[plan.digest()]
-
-    def judge(self, plan: PruningPlan) -> tuple[float | None, bool]:
-        """The fraction, None without a budget, and whether it is within the budget and its tolerance."""
-        if self._removed is None:
-            return None, True
-        kept = self.kept(plan)
-        return kept, kept <= self.limit * (1.0 + LATENCY_TOLERANCE)
 
 
 def allocation_problem(
@@ -216,72 +220,59 @@ def plan_for_widths(paths: Mapping[str, SparsityPath], widths: Mapping[str, int]
     )
 
 
-class _Session:
-    """Scores plans, each once."""
+class Ledger:
+    """Scores of one search's plans, and the candidates that it made of them.
 
-    def __init__(
-        self,
-        job: CandidateJob,
-        runner: Runner,
-        known: Callable[[PruningPlan], CandidateScore | None],
-        on_score: OnScore | None,
-        latency: _Latency,
-    ) -> None:
-        self._job, self._runner, self._known, self._on_score = job, runner, known, on_score
-        self._latency = latency
-        self._handle: Any = None
-        self._scores: dict[str, CandidateScore] = {}
+    Args:
+        stop: verdicts follow its budget and confidence.
+        reference: the dense network's answers, None where nothing is selected on them.
+        latency: budget of latency, None without one.
+
+    Attributes:
+        scores: by the plan's digest.
+        tried: candidates in the order tried.
+    """
+
+    def __init__(self, stop: StopRule, reference: DenseReference | None, latency: LatencyBudget | None = None) -> None:
+        self._stop, self._reference, self.latency = stop, reference, latency
+        self.scores: dict[str, CandidateScore] = {}
         self.tried: list[Candidate] = []
 
     @property
     def max_drop(self) -> float:
         """Budget in points, infinite without one."""
-        return float("inf") if self._job.stop.max_drop is None else self._job.stop.max_drop
+        return float("inf") if self._stop.max_drop is None else self._stop.max_drop
 
-    def close(self) -> None:
-        if self._handle is not None:
-            self._runner.release(self._handle)
+    def missing(self, request: ScoreRequest) -> list[PruningPlan]:
+        """Plans without a score, each once."""
+        plans = {plan.digest(): plan for plan in request.plans}
+        return [plan for digest, plan in plans.items() if digest not in self.scores]
 
-    def score(self, plans: Sequence[PruningPlan], stage: str) -> list[CandidateScore]:
-        """Scores of the plans, from memory, from an earlier run, or computed now."""
-        missing: list[PruningPlan] = []
-        for plan in {plan.digest(): plan for plan in plans}.values():
-            if plan.digest() in self._scores:
-                continue
-            earlier = self._known(plan)
-            if earlier is not None:
-                self._scores[plan.digest()] = earlier
-            else:
-                missing.append(plan)
-        if missing:
-            if self._handle is None:
-                self._handle = self._runner.share(self._job)
+    def score(self, plan: PruningPlan) -> CandidateScore:
+        """The score of a plan that was requested."""
+        return self.scores[plan.digest()]
 
-            def collect(number: int, score: CandidateScore) -> None:
-                self._scores[missing[number].digest()] = score
-                if self._on_score is not None:
-                    self._on_score(missing[number], score)
+    def drops(self, plan: PruningPlan) -> np.ndarray:
+        """(j,) estimated drop of each validation image a plan was scored on, in points; none without a reference."""
+        predicted = self.score(plan).predicted
+        return np.zeros(0) if self._reference is None else self._reference.drops(predicted)
 
-            work = [Work(shared=self._handle, item=plan) for plan in missing]
-            self._runner.run(score_candidate, work, stage=stage, on_result=collect)
-        return [self._scores[plan.digest()] for plan in plans]
-
-    def judge(
-        self, problem: AllocationProblem, plan: PruningPlan, score: CandidateScore, fraction: float, number: int
-    ) -> Candidate:
-        """Turn a score into a candidate with its verdict."""
-        stop, reference, count = self._job.stop, self._job.reference, len(score.predicted)
+    def judge(self, problem: AllocationProblem, plan: PruningPlan, fraction: float, number: int) -> Candidate:
+        """Turn a plan's score into a candidate with its verdict."""
+        score = self.score(plan)
+        stop, reference, count = self._stop, self._reference, len(score.predicted)
         drop = upper = accuracy = label_drop = None
         if reference is not None and count:
             drop, _, upper = stop.bounds(reference.drops(score.predicted))
             label_drop = float(reference.drops(score.predicted, "labels").mean())
             accuracy = 100.0 * float((score.predicted == reference.labels[:count]).mean())
         missed: tuple[BudgetKind, ...] = ()
+        latency_kept: float | None = None
         if stop.max_drop is not None and (upper is None or upper > stop.max_drop):
             missed = ("max_accuracy_drop",)
-        latency_kept, is_fast = (None, True) if missed else self._latency.judge(plan)
-        if not is_fast:
-            missed = ("latency_removed",)
+        elif self.latency is not None:
+            latency_kept = self.latency.kept(plan)
+            missed = () if self.latency.allows(latency_kept) else ("latency_removed",)
         candidate = Candidate(
             round=number,
             kept_fraction=fraction,
@@ -300,34 +291,76 @@ class _Session:
         self.tried.append(candidate)
         return candidate
 
+    def nearest(self) -> Candidate:
+        """The candidate that comes nearest to the budget."""
+        return min(self.tried, key=lambda candidate: candidate.upper_bound or 0.0)
+
     def finish(self, chosen: Candidate, budget_met: bool) -> SearchResult:
         """Result with the chosen candidate's weights."""
         return SearchResult(
             candidates=tuple(self.tried),
             chosen=chosen,
-            state=self._scores[chosen.plan.digest()].state,
+            state=self.score(chosen.plan).state,
             budget_met=budget_met,
         )
 
 
+class _Scorer:
+    """Scores what one search asks for: from an earlier run, or on the runner's workers."""
+
+    def __init__(
+        self,
+        job: CandidateJob,
+        runner: Runner,
+        known: Callable[[PruningPlan], CandidateScore | None],
+        on_score: OnScore | None,
+    ) -> None:
+        self._job, self._runner, self._known, self._on_score = job, runner, known, on_score
+        self._handle: Any = None
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._runner.release(self._handle)
+
+    def score(self, request: ScoreRequest, ledger: Ledger) -> None:
+        """Enter the scores of the requested plans."""
+        for plan in ledger.missing(request):
+            earlier = self._known(plan)
+            if earlier is not None:
+                ledger.scores[plan.digest()] = earlier
+        missing = ledger.missing(request)
+        if not missing:
+            return
+        if self._handle is None:
+            self._handle = self._runner.share(self._job)
+
+        def collect(number: int, score: CandidateScore) -> None:
+            ledger.scores[missing[number].digest()] = score
+            if self._on_score is not None:
+                self._on_score(missing[number], score)
+
+        work = [Work(shared=self._handle, item=plan) for plan in missing]
+        self._runner.run(score_candidate, work, stage=request.stage, on_result=collect)
+
+
 def _by_size(
-    problem: AllocationProblem, paths: Mapping[str, SparsityPath], session: _Session, limits: Limits
-) -> SearchResult:
+    problem: AllocationProblem, paths: Mapping[str, SparsityPath], ledger: Ledger, limits: Limits
+) -> SearchSteps:
     """One allocation: the size is known without trying."""
     plan = plan_for_widths(paths, allocate_within(problem, limits))
-    (score,) = session.score([plan], "assemble")
+    yield ScoreRequest(plans=(plan,), stage="assemble")
     fraction = limits.get(problem.objective, problem.fraction(plan.widths()))
-    candidate = session.judge(problem, plan, score, fraction, 1)
-    return session.finish(candidate, candidate.accepted)
+    candidate = ledger.judge(problem, plan, fraction, 1)
+    return ledger.finish(candidate, candidate.accepted)
 
 
 def _by_accuracy(
     problem: AllocationProblem,
     paths: Mapping[str, SparsityPath],
-    session: _Session,
+    ledger: Ledger,
     config: PruneConfig,
     limits: Limits,
-) -> SearchResult:
+) -> SearchSteps:
     """Narrow a bracket of kept fractions, several candidates per round, on a logarithmic scale.
 
     Further budgets bound the bracket from above; the largest network that they allow is tried first, for nothing
@@ -336,40 +369,30 @@ def _by_accuracy(
     bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
     if limits:
-        best = _largest_allowed(problem, paths, session, limits)
-        bracket.high, bracket.excess_high = best.kept_fraction, _log_ratio(best.upper_bound or 0.0, session.max_drop)
+        plan = plan_for_widths(paths, allocate_within(problem, limits))
+        yield ScoreRequest(plans=(plan,), stage="search, largest")
+        best = ledger.judge(problem, plan, problem.fraction(plan.widths()), 1)
+        bracket.high, bracket.excess_high = best.kept_fraction, _log_ratio(best.upper_bound or 0.0, ledger.max_drop)
         if not best.accepted or bracket.low >= bracket.high:
-            return session.finish(best, best.accepted)
+            return ledger.finish(best, best.accepted)
     for number in range(1, config.max_rounds + 1):
         if number > 1 and bracket.is_narrow(config.resolution):
             break
         inner = bracket.next_fractions(config)
         widths = [allocate_within(problem, {**limits, problem.objective: float(fraction)}) for fraction in inner]
         plans = [plan_for_widths(paths, entry) for entry in widths]
-        scores = session.score(plans, f"search, round {number}")
+        yield ScoreRequest(plans=tuple(plans), stage=f"search, round {number}")
         judged = [
-            session.judge(problem, plan, score, float(fraction), number)
-            for plan, score, fraction in zip(plans, scores, inner, strict=True)
+            ledger.judge(problem, plan, float(fraction), number) for plan, fraction in zip(plans, inner, strict=True)
         ]
         for candidate in judged:  # ascending size: the bracket's ends are the last refusal below the first acceptance
-            excess = _log_ratio(candidate.upper_bound or 0.0, session.max_drop)
+            excess = _log_ratio(candidate.upper_bound or 0.0, ledger.max_drop)
             if candidate.accepted:
                 best = candidate
                 bracket.high, bracket.excess_high = candidate.kept_fraction, excess
                 break
             bracket.low, bracket.excess_low = candidate.kept_fraction, excess
-    if best is not None:
-        return session.finish(best, True)
-    nearest = min(session.tried, key=lambda candidate: candidate.upper_bound or 0.0)
-    return session.finish(nearest, False)
-
-
-def _largest_allowed(
-    problem: AllocationProblem, paths: Mapping[str, SparsityPath], session: _Session, limits: Limits
-) -> Candidate:
-    plan = plan_for_widths(paths, allocate_within(problem, limits))
-    (score,) = session.score([plan], "search, largest")
-    return session.judge(problem, plan, score, problem.fraction(plan.widths()), 1)
+    return ledger.finish(best, True) if best is not None else ledger.finish(ledger.nearest(), False)
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ same plan.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -39,6 +39,7 @@ from entprune.regression import GroupProblem, build_problem
 from entprune.residuals import Residual, ResidualGraph, find_norms, find_residuals, norm_gain
 from entprune.runner import Runner, Work
 from entprune.selection import DenseReference, StopRule
+from entprune.shared_steps import SharedSteps
 from entprune.tracing import trace
 
 _EVALUATION_BATCH = 64
@@ -190,10 +191,14 @@ def calibrate_shard(job: CalibrationJob, shard: tuple[int, int]) -> dict[str, La
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SolveJob:
-    """What every solve unit of one group reads."""
+    """What every solve unit of one group reads, and in each process the steps that its settings have in common."""
 
     problem: GroupProblem
     device: str
+    shared: SharedSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shared", SharedSteps(self.problem, device=self.device))
 
 
 def group_problem(network: Network, group: ChannelGroup, statistics: Statistics) -> GroupProblem:
@@ -231,7 +236,7 @@ def _output_gain(network: Network, layer: str) -> np.ndarray:
 
 def solve_group(job: SolveJob, setting: PathSetting) -> SettingPath:
     """Unit: one continuation of one group."""
-    return solve_setting(job.problem, setting, device=job.device)
+    return solve_setting(job.problem, setting, device=job.device, shared=job.shared)
 
 
 SolveKey = tuple[str, PathSetting]
@@ -253,35 +258,55 @@ def solve(
         on_result: called with each new result as it comes in.
     """
     found: dict[SolveKey, SettingPath] = dict(known or {})
-    keys: list[SolveKey] = []
-    work: list[Work] = []
-    handles: list[Any] = []
-    for group in network.groups.groups:
-        missing = [setting for setting in config.settings if (group.name, setting) not in found]
-        if not missing:
-            continue
-        problem = group_problem(network, group, statistics)
-        handles.append(runner.share(SolveJob(problem=problem, device=config.device)))
-        keys.extend((group.name, setting) for setting in missing)
-        work.extend(Work(shared=handles[-1], item=setting, cost=problem.solve_cost()) for setting in missing)
+    missing = {
+        group.name: tuple(setting for setting in config.settings if (group.name, setting) not in found)
+        for group in network.groups.groups
+    }
+    groups = [group for group in network.groups.groups if missing[group.name]]
 
-    def collect(number: int, result: SettingPath) -> None:
-        found[keys[number]] = result
+    def collect(number: int, setting: PathSetting, result: SettingPath) -> None:
+        key = (groups[number].name, setting)
+        found[key] = result
         if on_result is not None:
-            on_result(keys[number], result)
+            on_result(key, result)
 
-    try:
-        if work:
-            runner.run(solve_group, work, stage="solve", on_result=collect)
-    finally:
-        for handle in handles:
-            runner.release(handle)
+    requests = ((group_problem(network, group, statistics), missing[group.name]) for group in groups)
+    solve_pool(requests, runner, device=config.device, on_result=collect)
     return {
         group.name: lower_envelope(
             group.name, len(group.consumers), [found[group.name, setting] for setting in config.settings]
         )
         for group in network.groups.groups
     }
+
+
+def solve_pool(
+    requests: Iterable[tuple[GroupProblem, Sequence[PathSetting]]],
+    runner: Runner,
+    *,
+    device: str,
+    on_result: Callable[[int, PathSetting, SettingPath], None],
+) -> None:
+    """Solve (group, setting) pairs of any number of groups, networks and calibrations as one pool of work.
+
+    Args:
+        requests: problems, each with the settings that are wanted; taken one by one, so that the workers' copies are
+            the only ones.
+        on_result: called with (number of the request, setting, result) as results come in.
+    """
+    pairs: list[tuple[int, PathSetting]] = []
+    work: list[Work] = []
+    handles: list[Any] = []
+    try:
+        for number, (problem, settings) in enumerate(requests):
+            handles.append(runner.share(SolveJob(problem=problem, device=device)))
+            pairs.extend((number, setting) for setting in settings)
+            work.extend(Work(shared=handles[-1], item=setting, cost=problem.solve_cost()) for setting in settings)
+        if work:
+            runner.run(solve_group, work, stage="solve", on_result=lambda index, path: on_result(*pairs[index], path))
+    finally:
+        for handle in handles:
+            runner.release(handle)
 
 
 # --- predictions of one network on many images -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: `entprune prune | train | evaluate | export | inspect`.
+"""The command line: `entprune prune | sweep | train | evaluate | export | inspect`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: a failure that is not the
 user's; 2: something that the user can mend, in one sentence; 130: interrupted.
@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flows.cli_sweep import EPILOG as SWEEP_EPILOG
+from flows.cli_sweep import sweep
 from flows.options import (
     DataOption,
     DataRootOption,
@@ -247,6 +249,11 @@ def _show_result(report: dict[str, Any], output: Path, register: str | None) -> 
         Console(stderr=True, highlight=False).print(
             f"[yellow]note[/yellow]       {escape(str(warning))}", soft_wrap=True
         )
+
+
+# --- sweep ------------------------------------------------------------------------------------------------------------
+
+app.command(epilog=SWEEP_EPILOG)(sweep)
 
 
 # --- train ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pydantic import BaseModel
 from torch import nn
 
 from entprune.checkpoints import load_checkpoint, sha256_file
@@ -41,7 +43,7 @@ class LoadedInputs:
     network: Network
 
 
-_handed_over: ContextVar[tuple[PruneParameters, LoadedInputs] | None] = ContextVar("handed_over", default=None)
+_handed_over: ContextVar[tuple[BaseModel, Any] | None] = ContextVar("handed_over", default=None)
 
 
 def preflight(parameters: PruneParameters) -> LoadedInputs:
@@ -52,16 +54,22 @@ def preflight(parameters: PruneParameters) -> LoadedInputs:
     Raises:
         ConfigError, OutputError, ModelError, DataError, CheckpointError: an input is unusable.
     """
-    handed_over = _handed_over.get()
-    if handed_over is not None and handed_over[0] == parameters:
-        return handed_over[1]
-    config = parameters.config()
+    earlier: LoadedInputs | None = handed_over(parameters)
+    if earlier is not None:
+        return earlier
     parameters.budget()
     check_output_folder(parameters.output)
+    return load_inputs(parameters)
+
+
+def load_inputs(parameters: PruneParameters, data: ImageData | None = None) -> LoadedInputs:
+    """Load and analyse a network, and the data unless they are there already; errors as for :func:`preflight`."""
+    config = parameters.config()
     if cluster_address(parameters.ray_address) is None:
         resolve_device(parameters.device)  # on a cluster the workers' devices count, not this machine's
     checkpoint_sha256 = sha256_file(parameters.checkpoint)
-    data = load_data(parameters.data, root=parameters.data_root, mean=parameters.mean, std=parameters.std)
+    if data is None:
+        data = load_data(parameters.data, root=parameters.data_root, mean=parameters.mean, std=parameters.std)
     model = build_model(parameters.model, num_classes=data.num_classes, input_shape=data.input_shape)
     load_checkpoint(model, parameters.checkpoint)
     return LoadedInputs(
@@ -73,8 +81,8 @@ def preflight(parameters: PruneParameters) -> LoadedInputs:
 
 
 @contextmanager
-def hand_over(parameters: PruneParameters, inputs: LoadedInputs) -> Iterator[None]:
-    """Let :func:`preflight` of the same parameters return these inputs, so that they are loaded once."""
+def hand_over(parameters: BaseModel, inputs: Any) -> Iterator[None]:
+    """Let the checks of the same parameters return these inputs, so that they are loaded once."""
     token = _handed_over.set((parameters, inputs))
     try:
         yield
@@ -82,14 +90,24 @@ def hand_over(parameters: PruneParameters, inputs: LoadedInputs) -> Iterator[Non
         _handed_over.reset(token)
 
 
-def check_output_folder(folder: Path) -> None:
+def handed_over(parameters: BaseModel) -> Any:
+    """What :func:`hand_over` holds for these parameters, None if nothing."""
+    held = _handed_over.get()
+    return held[1] if held is not None and held[0] == parameters else None
+
+
+def check_output_folder(folder: Path, marker: str = REPORT_NAME) -> None:
     """Require that a run may write there, without writing.
+
+    Args:
+        folder: of the results.
+        marker: file by which an earlier result is known.
 
     Raises:
         OutputError: it is a file, lies below one, cannot be written, or holds files of another origin.
     """
     folder = Path(folder).absolute()
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_NAME).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise OutputError(
             f"output '{folder}': expected a new or empty folder, or the result of an earlier run, got other files; "
             "choose another folder."

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -18,7 +16,6 @@ from prefect.runtime import flow_run
 from torch import nn
 
 from entprune.certificate import Certificate
-from entprune.errors import EngineError
 from entprune.evaluation import Measurement
 from entprune.finetune import FinetuneConfig
 from entprune.plan import PruningPlan
@@ -28,6 +25,7 @@ from flows.environment import cache_folder, code_version
 from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
 from flows.rounds import Pruned, Rounds, prune_in_rounds, prune_once
+from flows.tracked import run_name, tracked_run
 from flows.workers import lone_worker_threads, start_workers, worker_config
 from tasks import stages, tracking
 from tasks.actors import accept_read_only_arrays
@@ -35,8 +33,6 @@ from tasks.progress import StageClock
 from tasks.stages import Engine, Workload
 from tasks.store import Store
 from tasks.tuning import finetune
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -85,22 +81,33 @@ def prune_model(parameters: PruneParameters) -> dict[str, Any]:
         with clock.stage("start"):
             cluster, runner = stack.enter_context(start_workers(parameters))
             runner.progress = clock.advance
-            run_id = stack.enter_context(_tracked_run(parameters, work))
+            run_id = stack.enter_context(_tracked(parameters, work))
         store = stack.enter_context(Store(cache_folder(parameters.cache_dir) / "store"))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
         outcome = _run_stages(parameters, work, engine)
-        return _publish(parameters, work, outcome, run_id, clock)
+        return publish(parameters, work, outcome, run_id, clock)
 
 
 def _run_stages(parameters: PruneParameters, work: Workload, engine: Engine) -> Outcome:
     """Everything between the inputs and the files."""
-    finetuning = parameters.finetuning()
-    if finetuning is not None:
-        finetuning = replace(finetuning, device=work.config.device)
+    finetuning = _finetuning(parameters, work)
     if finetuning is not None and parameters.rounds > 1:
         return _run_rounds(work, engine, finetuning, parameters.rounds)
-    pruned = prune_once(work, engine)
-    plan = pruned.found.chosen.plan
+    return finish(parameters, work, engine, prune_once(work, engine))
+
+
+def _finetuning(parameters: PruneParameters, work: Workload) -> FinetuneConfig | None:
+    asked = parameters.finetuning()
+    return None if asked is None else replace(asked, device=work.config.device)
+
+
+def finish(parameters: PruneParameters, work: Workload, engine: Engine, pruned: Pruned) -> Outcome:
+    """Everything after the choice: certify, fine-tune where asked, measure on the test split.
+
+    Raises:
+        CertificateError: the smaller network differs from the masked full-size one.
+    """
+    finetuning, plan = _finetuning(parameters, work), pruned.found.chosen.plan
     models: dict[str, nn.Module] = {"dense": work.network.model, "one_shot": pruned.model}
     certificate = stages.certify(work, engine, pruned.model, plan)
     if finetuning is not None:
@@ -132,12 +139,12 @@ def _run_rounds(work: Workload, engine: Engine, finetuning: FinetuneConfig, num_
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def _publish(
+def publish(
     parameters: PruneParameters, work: Workload, outcome: Outcome, run_id: str, clock: StageClock
 ) -> dict[str, Any]:
     """Write the output folder, log and register; the folder appears when all of it succeeded."""
     plan, card = outcome.plan, work.card(parameters.model)
-    lineage = _lineage(work) | {"mlflow_run_id": run_id, "registered_version": None}
+    lineage = lineage_of(work) | {"mlflow_run_id": run_id, "registered_version": None}
     content = _report(parameters, work, outcome, lineage, clock)
     with staging_directory(parameters.output, marker=REPORT_NAME) as folder, clock.stage("publish"):
         stages.save(outcome.result, plan, card, folder / "model", extra={"lineage": lineage})
@@ -187,7 +194,8 @@ def _report(
     )
 
 
-def _lineage(work: Workload) -> dict[str, Any]:
+def lineage_of(work: Workload) -> dict[str, Any]:
+    """What a run's result was made from."""
     return {
         "checkpoint_sha256": work.checkpoint_sha256,
         "data_sha256": work.data.sha256,
@@ -209,20 +217,6 @@ def _version_tags(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _tracked_run(parameters: PruneParameters, work: Workload) -> Iterator[str]:
-    """An MLflow run that ends as this block does."""
-    name = f"{parameters.model} on {Path(parameters.data).name if ':' in parameters.data else parameters.data}"
-    run_id = tracking.open_run(parameters.experiment, name, _lineage(work))
-    try:
-        asked = parameters.model_dump(mode="json", exclude={"overrides"})
-        tracking.log_settings(run_id, asked | {"config": work.config.to_dict()})
-        yield run_id
-    except BaseException as error:
-        with suppress(EngineError):
-            tracking.close_run(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
-    try:
-        tracking.close_run(run_id, "FINISHED")
-    except EngineError as error:  # everything is written, logged and registered by now
-        _logger.warning("%s", error)
+def _tracked(parameters: PruneParameters, work: Workload) -> AbstractContextManager[str]:
+    asked = parameters.model_dump(mode="json", exclude={"overrides"}) | {"config": work.config.to_dict()}
+    return tracked_run(parameters.experiment, run_name(parameters), lineage_of(work), asked)

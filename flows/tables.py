@@ -57,6 +57,46 @@ def result_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def sweep_table(content: Mapping[str, Any]) -> Table:
+    """Settings of a sweep, from the content of sweep.json; the chosen one stands out."""
+    from entprune.report.sweep_page import fronts_of  # noqa: PLC0415 -- imports torch
+
+    table = Table(
+        title="Settings",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("#", justify="right")
+    table.add_column("setting", overflow="fold", min_width=18)
+    for title in ("params", "MACs", "ms", "drop", "bound"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("front")
+    table.add_column("rounds", no_wrap=True)
+    for setting in content["settings"]:
+        result, number = setting["result"], setting["number"]
+        table.add_row(
+            str(number),
+            escape(setting["label"].replace(", ", "\n")),
+            f"−{100 * result['parameters_removed']:.1f}%",
+            f"−{100 * result['macs_removed']:.1f}%",
+            f"{result['latency_ms']['64']:.2f}",
+            _points(result["validation_drop"]),
+            _points(result["drop_upper_bound"]),
+            " ".join(axis[0].upper() for axis in fronts_of(content, number)) or _MISSING,
+            str(setting["rounds"]) if setting["status"] == "finished" else "stopped",
+            style="bold" if number == content["chosen"]["number"] else None,
+        )
+    table.caption = (
+        "Drop: points lost on validation images, and their upper confidence bound.\nms: a batch of 64. "
+        "Front: no other network beats it in drop and\nP parameters, M MACs, L latency."
+    )
+    table.caption_justify = "left"
+    return table
+
+
 def certificate_text(certificate: Mapping[str, Any]) -> str:
     """Verdict and difference in a few characters."""
     verdict = "[green]passed[/green]" if certificate["passed"] else "[red]failed[/red]"

@@ -65,7 +65,7 @@ from tasks.store import Store
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_LATENCY_REPEATS = 5
+LATENCY_REPEATS = 5
 
 
 class Inputs(Protocol):
@@ -292,8 +292,8 @@ def search(
         origin: in a later round, the workload of the original dense network that accuracy and floors refer to.
     """
     with engine.clock.stage("search"):
-        reference = _reference(origin or work, engine)
-        job = _candidate_job(work, calibration.statistics, reference)
+        reference = reference_of(origin or work, engine)
+        job = candidate_job(work, calibration.statistics, reference)
         found = search_budget(
             paths,
             work.network.cost,
@@ -310,7 +310,7 @@ def search(
         return found, reference.accuracy()
 
 
-def _reference(work: Workload, engine: Engine) -> DenseReference:
+def reference_of(work: Workload, engine: Engine) -> DenseReference:
     """The dense network's answers on the validation images."""
     model, key = work.network.model, work.keys.validation
     logits = logits_of(work, engine, model, work.validation, key, step="validate dense")
@@ -338,7 +338,8 @@ def kept_latency(work: Workload, engine: Engine, plan: PruningPlan) -> float:
     return float(stored[0])
 
 
-def _candidate_job(work: Workload, statistics: Statistics, reference: DenseReference) -> CandidateJob:
+def candidate_job(work: Workload, statistics: Statistics, reference: DenseReference) -> CandidateJob:
+    """What candidate units of a workload read."""
     images, config = work.calibration, work.config
     return CandidateJob(
         network=work.network,
@@ -423,7 +424,7 @@ def validate(
         asks_latency = work.budget.latency_removed is not None
         record = judge_round(
             number, plan, logits,
-            network=work.network, reference=_reference(work, engine), budget=work.budget, config=work.config,
+            network=work.network, reference=reference_of(work, engine), budget=work.budget, config=work.config,
             latency_kept=kept_latency(work, engine, plan) if asks_latency else None, networks_tried=networks_tried,
         )  # fmt: skip
         engine.clock.summarise(f"round {number}: {record.parameters:,} parameters, drop {record.accuracy_drop:.2f}")
@@ -442,7 +443,7 @@ def _measure_one(work: Workload, engine: Engine, model: nn.Module, name: str) ->
     correct = is_correct(logits_of(work, engine, model, work.test, work.keys.test, step=f"measure {name}"), work.test)
     shape = work.network.input_shape
     with torch_threads(work.config.threads):
-        latency_ms = measure_latency(model, shape, repeats=_LATENCY_REPEATS)
+        latency_ms = measure_latency(model, shape, repeats=LATENCY_REPEATS)
     return Measurement(
         accuracy=100.0 * float(correct.mean()),
         parameters=count_parameters(model),
