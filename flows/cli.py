@@ -1,7 +1,7 @@
-"""The command line: `entprune prune | train | evaluate | export | inspect`.
+"""The command line: `entprune prune | train | evaluate | export | inspect | promote | rollback`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: a failure that is not the
-user's; 2: something that the user can mend, in one sentence; 130: interrupted.
+user's; 2: something that the user can mend, in one sentence; 3: a promotion was refused; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flows.operations import add_commands
 from flows.options import (
     DataOption,
     DataRootOption,
@@ -459,6 +460,9 @@ def _group_rows(network: Network) -> list[GroupRow]:
 def _usual_shape(model: str) -> tuple[int, int, int]:
     known = {"lenet": (1, 28, 28), "digits_cnn": (1, 8, 8)}
     return known.get(model, (3, 224, 224) if model.startswith("torchvision:") else (3, 32, 32))
+
+
+add_commands(app)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -28,6 +27,7 @@ from entprune.storage import staging_directory
 from flows.environment import cache_folder, code_version
 from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
+from flows.version_page import data_name, version_page, version_tags
 from flows.workers import lone_worker_threads, start_workers, worker_config
 from tasks import stages, tracking
 from tasks.actors import accept_read_only_arrays
@@ -129,8 +129,15 @@ def _publish(
         stages.save(outcome.result, plan, card, folder / "model", extra={"lineage": lineage})
         stages.track(run_id, content, outcome.paths)
         if parameters.register is not None:
-            tags = _version_tags(content)
-            version = stages.register(run_id, outcome.result, work, parameters.register, card=card, tags=tags)
+            version = stages.register(
+                run_id,
+                outcome.result,
+                work,
+                parameters.register,
+                card=card,
+                tags=version_tags(content),
+                description=version_page(content, parameters.register),
+            )
             content["lineage"]["registered_version"] = version
         stages.report(content, outcome.paths, folder)
         tracking.log_artifacts(run_id, folder)
@@ -179,23 +186,10 @@ def _lineage(work: Workload) -> dict[str, Any]:
     }
 
 
-def _version_tags(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Lineage and verdicts that go with a registered version."""
-    figures = content["fine_tuned"] or content["one_shot"]
-    chosen = {name: figures[name] for name in ("accuracy", "accuracy_drop", "parameters_removed", "macs_removed")}
-    lineage = {name: value for name, value in content["lineage"].items() if name != "registered_version"}
-    return {
-        **lineage,
-        **chosen,
-        "certificate_passed": content["certificate"]["passed"],
-        "budget_met": content["budget_met"],
-    }
-
-
 @contextmanager
 def _tracked_run(parameters: PruneParameters, work: Workload) -> Iterator[str]:
     """An MLflow run that ends as this block does."""
-    name = f"{parameters.model} on {Path(parameters.data).name if ':' in parameters.data else parameters.data}"
+    name = f"{parameters.model} on {data_name(parameters.data)}"
     run_id = tracking.open_run(parameters.experiment, name, _lineage(work))
     try:
         asked = parameters.model_dump(mode="json", exclude={"overrides"})
