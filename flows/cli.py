@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows.operations import add_commands
+from flows.operations import add_commands, check_registry, register_trained
 from flows.options import (
     DataOption,
     DataRootOption,
@@ -262,6 +262,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the training images.")] = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
+    register: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Register the dense network in MLflow, for `watch` to find.")
+    ] = None,
     verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
 ) -> int:
     """Train a network by a plain, good recipe, for those who have no checkpoint yet."""
@@ -282,6 +285,7 @@ def train(
             f"output '{output}': expected a name ending in .safetensors or .pt, got '{output.suffix}'."
         )
     check_output_file(output)
+    check_registry(register)
     images = load_data(data, root=data_root, mean=numbers("mean", mean), std=numbers("std", std))
     network = build_model(model, num_classes=images.num_classes, input_shape=images.input_shape, seed=seed)
     with RichReporter() as reporter:
@@ -292,6 +296,9 @@ def train(
     console = Console(highlight=False)
     console.print(f"[bold]test accuracy[/bold]  {result.accuracy:.2f} %")
     console.print(f"[bold]checkpoint[/bold]     {escape(str(output))}", soft_wrap=True)
+    if register is not None:
+        tags = {"accuracy": result.accuracy, "data": images.name, "data_sha256": images.sha256, "seed": seed}
+        console.print(f"[bold]registered[/bold]     {escape(register_trained(result.model, register, model, tags))}")
     return 0
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows.options import DataRootOption, DeviceOption, VerboseOption
+from flows.options import DataRootOption, DeviceOption, VerboseOption, numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
 
 REFUSED = 3  # exit code: a verdict, neither a failure nor bad input
 
@@ -21,6 +24,8 @@ def add_commands(app: typer.Typer) -> None:
     """Make the commands of this module known to the command line."""
     app.command(epilog=_PROMOTE_EXAMPLES)(promote)
     app.command(epilog=_ROLLBACK_EXAMPLES)(rollback)
+    further = {"allow_extra_args": True, "ignore_unknown_options": True}  # those of `prune`
+    app.command(epilog=_SCHEDULE_EXAMPLES, context_settings=further)(schedule)
 
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")]
@@ -38,6 +43,15 @@ Measure version 7 again on the test images, and allow half a point:
 _ROLLBACK_EXAMPLES = """[bold]Example[/bold]
 
 [cyan]entprune rollback flowers[/cyan]"""
+
+_SCHEDULE_EXAMPLES = """[bold]Example[/bold]
+
+Every night at two:
+
+[cyan]prefect server start &
+export PREFECT_API_URL=http://127.0.0.1:4200/api
+entprune schedule --cron "0 2 * * *" --model lenet --checkpoint lenet.pt \\
+  --data mnist --max-accuracy-drop 0.5 --register lenet --output runs/nightly[/cyan]"""
 
 
 def promote(
@@ -84,6 +98,72 @@ def rollback(*, name: NameArgument, verbose: VerboseOption = False) -> int:  # n
     done = _run_flow(name, "champion", lambda flows: flows.rollback(name))
     _say(f"[bold]champion[/bold]   version {done['to']} of '{escape(name)}', in place of version {done['from']}")
     return 0
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+
+def schedule(
+    *,
+    context: typer.Context,
+    cron: Annotated[
+        str, typer.Option(metavar="CRON", help='When: minute hour day month weekday, such as "0 2 * * *".')
+    ],
+    timezone: Annotated[str, typer.Option(metavar="ZONE", help="That the hours are meant in.")] = "UTC",
+    name: Annotated[str, typer.Option(metavar="NAME", help="Of the deployment.")] = "scheduled",
+    verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
+) -> int:
+    """Prune again and again: all options of `entprune prune`, and when.
+
+    Serves the schedule until it is interrupted, one run at a time, on this machine. Needs a Prefect server that stays
+    up, in PREFECT_API_URL.
+    """
+    from flows.parameters import parse_parameters
+    from flows.serving import check_cron, require_lasting_server, serve_pruning
+
+    group = context.parent.command if context.parent else None
+    prune = group.commands["prune"]  # type: ignore[union-attr]  # the command line is a group
+    with prune.make_context("schedule", list(context.args), parent=context.parent) as parsed:
+        parameters = parse_parameters(prune_values(parsed.params))
+    check_cron(cron, timezone)
+    require_lasting_server()
+    _say(f"[bold]schedule[/bold]   {escape(name)}: {escape(cron)} ({escape(timezone)}); end it with Ctrl-C")
+    serve_pruning(parameters, name=name, cron=cron, timezone=timezone)
+    return 0
+
+
+def prune_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a pruning run from the options of `entprune prune` as they were typed; folders become absolute."""
+    renamed = {"min_channels": "minimum_channels", "min_fraction": "minimum_fraction"}
+    values = {renamed.get(key, key): value for key, value in options.items() if value is not None and key != "verbose"}
+    for key in ("mean", "std"):
+        if key in values:
+            values[key] = numbers(key, values[key])
+    for key, value in values.items():
+        if isinstance(value, Path):
+            values[key] = value.absolute()
+    return values | {"keep": tuple(values.get("keep") or ())}
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def check_registry(name: str | None) -> None:
+    """Require that the tracking server answers, if something is to be registered."""
+    if name is not None:
+        from tasks import tracking
+
+        tracking.check()
+
+
+def register_trained(model: nn.Module, name: str, model_spec: str, tags: Mapping[str, Any]) -> str:
+    """Register a dense network and return where it is."""
+    from tasks.dense_registry import register_dense
+
+    return f"models:/{name}/{register_dense(model, name, model_spec, tags)}"
+
+
+# --- manners ----------------------------------------------------------------------------------------------------------
 
 
 def _run_flow(name: str, which: str, call: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

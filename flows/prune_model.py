@@ -123,7 +123,7 @@ def _publish(
 ) -> dict[str, Any]:
     """Write the output folder, log and register; the folder appears when all of it succeeded."""
     plan, card = outcome.found.chosen.plan, work.card(parameters.model)
-    lineage = _lineage(work) | {"mlflow_run_id": run_id, "registered_version": None}
+    lineage = _lineage(parameters, work) | {"mlflow_run_id": run_id, "registered_version": None}
     content = _report(parameters, work, outcome, lineage, clock)
     with staging_directory(parameters.output, marker=REPORT_NAME) as folder, clock.stage("publish"):
         stages.save(outcome.result, plan, card, folder / "model", extra={"lineage": lineage})
@@ -177,8 +177,9 @@ def _report(
     )
 
 
-def _lineage(work: Workload) -> dict[str, Any]:
+def _lineage(parameters: PruneParameters, work: Workload) -> dict[str, Any]:
     return {
+        "dense_version": parameters.dense_version,
         "checkpoint_sha256": work.checkpoint_sha256,
         "data_sha256": work.data.sha256,
         "code_version": code_version(),
@@ -190,7 +191,7 @@ def _lineage(work: Workload) -> dict[str, Any]:
 def _tracked_run(parameters: PruneParameters, work: Workload) -> Iterator[str]:
     """An MLflow run that ends as this block does."""
     name = f"{parameters.model} on {data_name(parameters.data)}"
-    run_id = tracking.open_run(parameters.experiment, name, _lineage(work))
+    run_id = tracking.open_run(parameters.experiment, name, _lineage(parameters, work))
     try:
         asked = parameters.model_dump(mode="json", exclude={"overrides"})
         tracking.log_settings(run_id, asked | {"config": work.config.to_dict()})
