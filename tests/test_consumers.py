@@ -24,7 +24,7 @@ from entprune.training import TrainConfig, train
 from flows.version_page import data_name, version_page, version_tags
 from tasks import consumer_files, registry, tracking
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.integration
 
 # Runs isolated from this checkout; what an installation could still offer is refused.
 CONSUMER = """
