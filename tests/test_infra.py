@@ -37,7 +37,7 @@ def find_pods(node: Any) -> list[dict[str, Any]]:
 
 
 def test_prefect_reads_its_deployments() -> None:
-    model = PrefectYamlModel.model_validate(yaml.safe_load((INFRA / "prefect/prefect.yaml").read_text()))
+    model = PrefectYamlModel.model_validate(PREFECT)
     assert [entry.name for entry in model.deployments] == list(DEPLOYMENTS)
     assert {"nightly-pruning", "weekly-sweep", "watch-dense"} <= set(DEPLOYMENTS)
     for entry in model.deployments:
@@ -117,7 +117,7 @@ def test_secrets_are_made_once(tmp_path: Path) -> None:
     script.write_text((INFRA / "create_secrets.sh").read_text())
 
     def make() -> dict[str, str]:
-        subprocess.run(["sh", str(script)], check=True)
+        subprocess.run(["/bin/sh", str(script)], check=True)
         return {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
 
     first = make()
