@@ -18,9 +18,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).resolve().parents[1]
 INFRA = ROOT / "infra"
-DEPLOYMENTS = {
-    entry["name"]: entry for entry in yaml.safe_load((INFRA / "prefect/prefect.yaml").read_text())["deployments"]
-}
+PREFECT = yaml.safe_load((INFRA / "prefect/prefect.yaml").read_text())
+DEPLOYMENTS = {entry["name"]: entry for entry in PREFECT["deployments"]}
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 
 
