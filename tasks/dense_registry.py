@@ -17,7 +17,7 @@ from torch import nn
 from entprune.checkpoints import save_state, sha256_file
 from entprune.errors import CheckpointError, ConfigError
 from tasks import tracking
-from tasks.registry import RegisteredVersion, annotate, require_database
+from tasks.registry import RegisteredVersion, annotate, ensure_name, require_database
 from tasks.tracked_values import texts
 
 MODEL_SPEC, STATE = "entprune.model_spec", "entprune.state"
@@ -104,11 +104,7 @@ def mark(version: RegisteredVersion, state: str) -> None:
 
 
 def _create_version(run_id: str, name: str, tags: Mapping[str, Any]) -> int:
-    client, exceptions = tracking.client(), tracking.library().exceptions
-    try:
-        client.create_registered_model(name)
-    except exceptions.MlflowException as cause:
-        if cause.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    client = tracking.client()
+    ensure_name(name)
     source = f"{client.get_run(run_id).info.artifact_uri}/{_FOLDER}"
     return int(client.create_model_version(name, source=source, run_id=run_id, tags=texts(tags)).version)

@@ -95,7 +95,7 @@ def register(
     frozen = copy.deepcopy(model).cpu().eval()
     with tracking.reported(f"register model '{name}'"), tracking.library_defaults():
         model_id = _store_model(run_id, frozen, input_shape, tags, card or {}, files)
-        return create_version(run_id, model_id, name, alias=alias, tags=tags, description=description)
+        return _create_version(run_id, model_id, name, alias=alias, tags=tags, description=description)
 
 
 def load_registered(uri: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -118,6 +118,16 @@ def load_registered(uri: str) -> tuple[nn.Module, dict[str, Any]]:
     return ExportedNetwork(graph), dict(card)
 
 
+def ensure_name(name: str) -> None:
+    """Make a registered model unless there is one of that name; not reported, callers do that."""
+    exceptions = tracking.library().exceptions
+    try:
+        tracking.client().create_registered_model(name)
+    except exceptions.MlflowException as cause:
+        if cause.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
 def require_database(action: str) -> None:
     """Require that a registry that is a file is there: MLflow would make an empty one.
 
@@ -130,27 +140,6 @@ def require_database(action: str) -> None:
             f"cannot {action}: no MLflow database at '{database}'; go to the folder of the run that registered it, "
             "or set MLFLOW_TRACKING_URI."
         )
-
-
-def create_version(
-    run_id: str | None, model_id: str, name: str, *, alias: str, tags: Mapping[str, Any], description: str | None = None
-) -> int:
-    """Make a stored network the next version of a name, move the alias to it, and return its number."""
-    client = tracking.client()
-    exceptions = tracking.library().exceptions
-    try:
-        client.create_registered_model(name)
-    except exceptions.MlflowException as cause:
-        if cause.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    page = None if description is None else description[:_MAX_DESCRIPTION]
-    version = client.create_model_version(
-        name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=texts(tags), description=page
-    )
-    client.set_registered_model_alias(name, alias, version.version)
-    versions = json.dumps([{"name": name, "version": version.version}])
-    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": versions})  # the web page links to it
-    return int(version.version)
 
 
 def _store_model(
@@ -246,6 +235,22 @@ def _call_exported(stored: nn.Module, images: Tensor) -> Tensor:
             "let its forward pass not depend on the batch size, or run without registering."
         ) from cause
     return outputs
+
+
+def _create_version(
+    run_id: str | None, model_id: str, name: str, *, alias: str, tags: Mapping[str, Any], description: str | None = None
+) -> int:
+    """Make a stored network the next version of a name, move the alias to it, and return its number."""
+    client = tracking.client()
+    ensure_name(name)
+    page = None if description is None else description[:_MAX_DESCRIPTION]
+    version = client.create_model_version(
+        name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=texts(tags), description=page
+    )
+    client.set_registered_model_alias(name, alias, version.version)
+    versions = json.dumps([{"name": name, "version": version.version}])
+    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": versions})  # the web page links to it
+    return int(version.version)
 
 
 # --- versions, aliases, notes -----------------------------------------------------------------------------------------
