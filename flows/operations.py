@@ -40,11 +40,11 @@ Measure version 7 again on the test images, and allow half a point:
 
 [cyan]entprune promote flowers 7 --data imagefolder:flowers --max-accuracy-drop 0.5[/cyan]"""
 
-_ROLLBACK_EXAMPLES = """[bold]Example[/bold]
+_ROLLBACK_EXAMPLES = """[bold]Examples[/bold]
 
 [cyan]entprune rollback flowers[/cyan]"""
 
-_SCHEDULE_EXAMPLES = """[bold]Example[/bold]
+_SCHEDULE_EXAMPLES = """[bold]Examples[/bold]
 
 Every night at two:
 
