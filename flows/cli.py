@@ -1,7 +1,7 @@
-"""The command line: `entprune prune | sweep | train | evaluate | export | inspect`.
+"""The command line: `entprune prune | sweep | train | evaluate | export | inspect | promote | rollback | schedule`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: a failure that is not the
-user's; 2: something that the user can mend, in one sentence; 130: interrupted.
+user's; 2: something that the user can mend, in one sentence; 3: a promotion was refused; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from flows.cli_sweep import EPILOG as SWEEP_EPILOG
 from flows.cli_sweep import sweep
+from flows.operations import add_commands, check_registry, register_trained
 from flows.options import (
     DataOption,
     DataRootOption,
@@ -282,6 +283,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the training images.")] = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
+    register: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Register the dense network in MLflow, for `watch` to find.")
+    ] = None,
     verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
 ) -> int:
     """Train a network by a plain, good recipe, for those who have no checkpoint yet."""
@@ -302,6 +306,7 @@ def train(
             f"output '{output}': expected a name ending in .safetensors or .pt, got '{output.suffix}'."
         )
     check_output_file(output)
+    check_registry(register)
     images = load_data(data, root=data_root, mean=numbers("mean", mean), std=numbers("std", std))
     network = build_model(model, num_classes=images.num_classes, input_shape=images.input_shape, seed=seed)
     with RichReporter() as reporter:
@@ -312,6 +317,9 @@ def train(
     console = Console(highlight=False)
     console.print(f"[bold]test accuracy[/bold]  {result.accuracy:.2f} %")
     console.print(f"[bold]checkpoint[/bold]     {escape(str(output))}", soft_wrap=True)
+    if register is not None:
+        tags = {"accuracy": result.accuracy, "data": images.name, "data_sha256": images.sha256, "seed": seed}
+        console.print(f"[bold]registered[/bold]     {escape(register_trained(result.model, register, model, tags))}")
     return 0
 
 
@@ -480,6 +488,9 @@ def _group_rows(network: Network) -> list[GroupRow]:
 def _usual_shape(model: str) -> tuple[int, int, int]:
     known = {"lenet": (1, 28, 28), "digits_cnn": (1, 8, 8)}
     return known.get(model, (3, 224, 224) if model.startswith("torchvision:") else (3, 32, 32))
+
+
+add_commands(app)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ with warnings.catch_warnings():
             keep: shell patterns of layers that must not change.
             round_to: widths of layers are multiples of this.
             minimum_channels, minimum_fraction: floor of every group's width.
+            dense_version: registered version that the checkpoint came from, for the record.
             output: folder of the report and the smaller network.
             cache_dir: folder of the stages' results; None for the flow's own choice.
             experiment: of MLflow.
@@ -80,6 +81,7 @@ with warnings.catch_warnings():
         round_to: int = Field(default=_DEFAULTS.round_to, ge=1)
         minimum_channels: int = Field(default=_DEFAULTS.minimum_channels, ge=1)
         minimum_fraction: float = Field(default=_DEFAULTS.minimum_fraction, ge=0.0, le=1.0)
+        dense_version: str | None = None
         output: Path
         cache_dir: Path | None = None
         experiment: str = Field(default="entprune", min_length=1)

@@ -26,6 +26,7 @@ from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
 from flows.rounds import Pruned, Rounds, prune_in_rounds, prune_once
 from flows.tracked import run_name, tracked_run
+from flows.version_page import version_page, version_tags
 from flows.workers import lone_worker_threads, start_workers, worker_config
 from tasks import stages, tracking
 from tasks.actors import accept_read_only_arrays
@@ -144,14 +145,21 @@ def publish(
 ) -> dict[str, Any]:
     """Write the output folder, log and register; the folder appears when all of it succeeded."""
     plan, card = outcome.plan, work.card(parameters.model)
-    lineage = lineage_of(work) | {"mlflow_run_id": run_id, "registered_version": None}
+    lineage = lineage_of(work, parameters) | {"mlflow_run_id": run_id, "registered_version": None}
     content = _report(parameters, work, outcome, lineage, clock)
     with staging_directory(parameters.output, marker=REPORT_NAME) as folder, clock.stage("publish"):
         stages.save(outcome.result, plan, card, folder / "model", extra={"lineage": lineage})
         stages.track(run_id, content, outcome.pruned.paths)
         if parameters.register is not None:
-            tags = _version_tags(content)
-            version = stages.register(run_id, outcome.result, work, parameters.register, card=card, tags=tags)
+            version = stages.register(
+                run_id,
+                outcome.result,
+                work,
+                parameters.register,
+                card=card,
+                tags=version_tags(content),
+                description=version_page(content, parameters.register),
+            )
             content["lineage"]["registered_version"] = version
         stages.report(content, outcome.pruned.paths, folder)
         tracking.log_artifacts(run_id, folder)
@@ -194,9 +202,10 @@ def _report(
     )
 
 
-def lineage_of(work: Workload) -> dict[str, Any]:
+def lineage_of(work: Workload, parameters: PruneParameters) -> dict[str, Any]:
     """What a run's result was made from."""
     return {
+        "dense_version": parameters.dense_version,
         "checkpoint_sha256": work.checkpoint_sha256,
         "data_sha256": work.data.sha256,
         "code_version": code_version(),
@@ -204,19 +213,6 @@ def lineage_of(work: Workload) -> dict[str, Any]:
     }
 
 
-def _version_tags(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Lineage and verdicts that go with a registered version."""
-    figures = content["fine_tuned"] or content["one_shot"]
-    chosen = {name: figures[name] for name in ("accuracy", "accuracy_drop", "parameters_removed", "macs_removed")}
-    lineage = {name: value for name, value in content["lineage"].items() if name != "registered_version"}
-    return {
-        **lineage,
-        **chosen,
-        "certificate_passed": content["certificate"]["passed"],
-        "budget_met": content["budget_met"],
-    }
-
-
 def _tracked(parameters: PruneParameters, work: Workload) -> AbstractContextManager[str]:
     asked = parameters.model_dump(mode="json", exclude={"overrides"}) | {"config": work.config.to_dict()}
-    return tracked_run(parameters.experiment, run_name(parameters), lineage_of(work), asked)
+    return tracked_run(parameters.experiment, run_name(parameters), lineage_of(work, parameters), asked)

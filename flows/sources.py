@@ -20,9 +20,9 @@ def load_network(source: str) -> tuple[nn.Module, dict[str, Any]]:
         ArtifactError: the folder is unusable. EngineError: the registry has no such version.
     """
     if source.startswith("models:/"):
-        from tasks import tracking  # noqa: PLC0415 -- takes seconds, and a folder does not need it
+        from tasks import registry  # noqa: PLC0415 -- takes seconds, and a folder does not need it
 
-        return tracking.load_registered(source)
+        return registry.load_registered(source)
     folder = Path(source)
     if (folder / "model").is_dir():
         folder = folder / "model"

@@ -57,7 +57,7 @@ def sweep(parameters: SweepParameters) -> dict[str, Any]:
             cluster, runner = stack.enter_context(start_workers(lead))
             runner.progress = clock.advance
             asked = {"base": parameters.base, "swept": list(parameters.swept()), "settings": len(settings)}
-            parent = tracked_run(lead.experiment, f"sweep of {run_name(lead)}", lineage_of(works[0]), asked)
+            parent = tracked_run(lead.experiment, f"sweep of {run_name(lead)}", lineage_of(works[0], lead), asked)
             parent_id = stack.enter_context(parent)
         store = stack.enter_context(Store(cache_folder(lead.cache_dir) / "store"))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
@@ -129,7 +129,7 @@ class _Sweep:
                 "early_stop": parameters.early_stop,
                 "solve": dict(solve),
                 "timings_seconds": engine.clock.timings(),
-                "lineage": {**lineage_of(entries[number].work), "mlflow_run_id": self.run_id},
+                "lineage": {**lineage_of(work, asked), "mlflow_run_id": self.run_id},
             }
             self._write(content, folder)
         return content
@@ -154,7 +154,7 @@ class _Sweep:
     def _child_run(self, entry: Entry) -> AbstractContextManager[str]:
         setting, work = entry.setting, entry.work
         asked = {**setting.values, "config": work.config.to_dict(), "budget": work.budget.to_dict()}
-        tags = {"mlflow.parentRunId": self.run_id, "status": entry.status, **lineage_of(work)}
+        tags = {"mlflow.parentRunId": self.run_id, "status": entry.status, **lineage_of(work, setting.parameters)}
         return tracked_run(setting.parameters.experiment, f"{setting.number}: {setting.label()}", tags, asked)
 
     def _log_child(self, entry: Entry) -> str:

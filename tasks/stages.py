@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -56,8 +57,9 @@ from entprune.storage import (
     save_statistics,
     write_bundle,
 )
-from tasks import tracking
+from tasks import registry, tracking
 from tasks.actors import RayRunner
+from tasks.consumer_files import write_consumer_files
 from tasks.keys import StageKeys, hash_images, hash_network
 from tasks.progress import StageClock
 from tasks.store import Store
@@ -484,7 +486,19 @@ def track(run_id: str, content: Mapping[str, Any], paths: Mapping[str, SparsityP
 
 @stage_task("register")
 def register(
-    run_id: str, model: nn.Module, work: Workload, name: str, *, card: ModelCard, tags: Mapping[str, Any]
+    run_id: str,
+    model: nn.Module,
+    work: Workload,
+    name: str,
+    *,
+    card: ModelCard,
+    tags: Mapping[str, Any],
+    description: str,
 ) -> int:
-    """Register a version of the network."""
-    return tracking.register(run_id, model, work.network.input_shape, name, tags=tags, card=card.to_dict())
+    """Register a version of the network with everything that its users need."""
+    shape, known = work.network.input_shape, card.to_dict()
+    with TemporaryDirectory(prefix="entprune-") as folder:
+        files = write_consumer_files(model, shape, known, Path(folder))
+        return registry.register(
+            run_id, model, shape, name, tags=tags, card=known, files=files, description=description
+        )

@@ -1,4 +1,4 @@
-"""MLflow: a run for each pruning run, a child run for each hyperparameter setting, a registered version of the result.
+"""MLflow: a run for each pruning run, a child run for each hyperparameter setting, and the way to the server.
 
 The only module that imports mlflow, and only when a function needs it. Everything goes through a client and a run id:
 no run is ever "active", so threads, tasks and actors cannot close each other's runs.
@@ -8,8 +8,6 @@ Axes: c channels of a group.
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import os
 import re
@@ -24,19 +22,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from entprune.errors import CertificateError, EngineError
+from entprune.errors import EngineError
 from entprune.path import SettingPath, SparsityPath
-from tasks.exported import ExportedNetwork
 from tasks.tracked_values import flatten, key, parts, text, texts
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
-
-CHALLENGER = "challenger"
 
 # Read by mlflow when it is imported, whichever function comes first: its own log lines are for its developers.
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
@@ -45,8 +38,6 @@ _METRICS_PER_REQUEST, _PARAMS_PER_REQUEST = 1000, 100  # MLflow's own limits
 _MAX_POINTS = 200  # of one curve: more cannot be seen and only cost time
 _DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
 _PROBE_SECONDS = 5
-_PROBED_BATCHES = (1, 2, 7)
-_ROUND_TRIP_TOLERANCE = 1e-4
 
 
 # --- server -----------------------------------------------------------------------------------------------------------
@@ -65,19 +56,20 @@ def check() -> None:
     """
     uri = tracking_uri()
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_PROBE_SECONDS)}
-    failures: tuple[type[Exception], ...] = (ImportError, ValueError, *_failures())  # no driver, no address
+    mendable: tuple[type[Exception], ...] = (ImportError, ValueError, *failures())  # no driver, no address
     try:
         with _environment(patience):
             _knock(uri)
-            _client().search_experiments(max_results=1)
-    except failures as cause:
+            client().search_experiments(max_results=1)
+    except mendable as cause:
         raise EngineError(
             f"no MLflow server answers at '{_without_password(uri)}' ({_root_cause(cause)}); start it, correct "
             "MLFLOW_TRACKING_URI, or unset it to keep the runs in mlflow.db here."
         ) from cause
 
 
-def _database_file() -> Path | None:
+def database_file() -> Path | None:
+    """The SQLite database that is used, None for a server's."""
     scheme, _, path = tracking_uri().partition(":///")
     return Path(path).absolute() if scheme.startswith("sqlite") and path else None
 
@@ -99,7 +91,7 @@ def open_run(experiment: str, run_name: str, tags: Mapping[str, Any]) -> str:
     Raises:
         EngineError: the server refuses, or the experiment was deleted.
     """
-    with _reported(f"open a run in experiment '{experiment}'"):
+    with reported(f"open a run in experiment '{experiment}'"):
         return _create_run(_experiment_id(experiment), run_name, tags)
 
 
@@ -108,9 +100,9 @@ def log_settings(run_id: str, params: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
     entries = [Param(key(name), text(value)) for name, value in flatten(params) if value is not None]
-    with _reported("log parameters"):
+    with reported("log parameters"):
         for part in parts(entries, _PARAMS_PER_REQUEST):
-            _client().log_batch(run_id, params=part)
+            client().log_batch(run_id, params=part)
 
 
 def log_stage(run_id: str, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -129,8 +121,8 @@ def log_paths(run_id: str, paths: Mapping[str, SparsityPath]) -> list[str]:
     Returns:
         Ids of the child runs, in the order of the settings.
     """
-    with _reported("log the sparsity paths"):
-        experiment_id = _client().get_run(run_id).info.experiment_id
+    with reported("log the sparsity paths"):
+        experiment_id = client().get_run(run_id).info.experiment_id
         settings = [entry.setting for entry in next(iter(paths.values())).settings] if paths else []
         children = []
         for number, setting in enumerate(settings):
@@ -156,8 +148,8 @@ def log_groups(run_id: str, report: Mapping[str, Any]) -> None:
 
 def log_artifacts(run_id: str, directory: Path) -> None:
     """Store a folder with everything in it."""
-    with _reported("store the artifacts"):
-        _client().log_artifacts(run_id, str(directory))
+    with reported("store the artifacts"):
+        client().log_artifacts(run_id, str(directory))
 
 
 def close_run(run_id: str, status: str = "FINISHED") -> None:
@@ -167,20 +159,20 @@ def close_run(run_id: str, status: str = "FINISHED") -> None:
         run_id: of the run.
         status: "FINISHED", "FAILED" or "KILLED".
     """
-    with _reported("close the run"):
-        _client().set_terminated(run_id, status=status)
+    with reported("close the run"):
+        client().set_terminated(run_id, status=status)
 
 
 def _experiment_id(name: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    client = _client()
-    experiment = client.get_experiment_by_name(name)
+    server = client()
+    experiment = server.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=_artifact_location()))
+            return str(server.create_experiment(name, artifact_location=_artifact_location()))
         except MlflowException:
-            if (experiment := client.get_experiment_by_name(name)) is None:  # or another process was faster
+            if (experiment := server.get_experiment_by_name(name)) is None:  # or another process was faster
                 raise
     if experiment.lifecycle_stage != "active":
         raise EngineError(f"MLflow experiment '{name}' was deleted; restore it, or choose another name.")
@@ -189,13 +181,13 @@ def _experiment_id(name: str) -> str:
 
 def _artifact_location() -> str | None:
     """`mlartifacts` beside a SQLite database; None where the server decides."""
-    database = _database_file()
+    database = database_file()
     return None if database is None else (database.parent / "mlartifacts").as_uri()
 
 
 def _create_run(experiment_id: str, run_name: str, tags: Mapping[str, Any]) -> str:
     everywhere = {"mlflow.source.name": "entprune", "mlflow.source.type": "LOCAL"}
-    return str(_client().create_run(experiment_id, run_name=run_name, tags=everywhere | texts(tags)).info.run_id)
+    return str(client().create_run(experiment_id, run_name=run_name, tags=everywhere | texts(tags)).info.run_id)
 
 
 def _summarise_setting(paths: Mapping[str, SparsityPath], number: int) -> dict[str, float]:
@@ -219,9 +211,9 @@ def _error_curve(setting_path: SettingPath, path: SparsityPath) -> list[Metric]:
 
 
 def _log_metrics(run_id: str, metrics: Sequence[Metric]) -> None:
-    with _reported("log metrics"):
+    with reported("log metrics"):
         for part in parts(metrics, _METRICS_PER_REQUEST):
-            _client().log_batch(run_id, metrics=part)
+            client().log_batch(run_id, metrics=part)
 
 
 def _metric(name: str, value: float, step: int) -> Metric:
@@ -230,195 +222,21 @@ def _metric(name: str, value: float, step: int) -> Metric:
     return Metric(key(name), float(value), int(time.time() * 1000), step)
 
 
-# --- registry ---------------------------------------------------------------------------------------------------------
-
-
-def register(
-    run_id: str,
-    model: nn.Module,
-    input_shape: tuple[int, int, int],
-    name: str,
-    *,
-    tags: Mapping[str, Any],
-    alias: str = CHALLENGER,
-    card: Mapping[str, Any] | None = None,
-) -> int:
-    """Store a network without pickle, read it back, and register it as the next version of a name.
-
-    Args:
-        run_id: run that the network came from.
-        model: it is not changed.
-        input_shape: (C, H, W) of one image.
-        name: in the registry.
-        tags: lineage of the version; `certificate_passed` must be true.
-        alias: moved to the new version.
-        card: plain values that a reader needs, such as mean and std.
-
-    Returns:
-        The number of the version.
-
-    Raises:
-        CertificateError: the certificate did not pass, or the stored network gives other outputs.
-        EngineError: the network cannot be exported, or the server refuses.
-    """
-    if str(tags.get("certificate_passed")).lower() != "true":
-        raise CertificateError(
-            f"model '{name}' was not registered: expected a passed certificate, got "
-            f"certificate_passed={tags.get('certificate_passed')!r}; see the report for the difference."
-        )
-    frozen = copy.deepcopy(model).cpu().eval()
-    with _reported(f"register model '{name}'"), _library_defaults():
-        model_id = _store_model(run_id, frozen, input_shape, tags, card or {})
-        return _create_version(run_id, model_id, name, alias, tags)
-
-
-def load_registered(uri: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a network from the registry, never running code from it.
-
-    Args:
-        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-
-    Returns:
-        The network, in eval mode on the CPU, and its card; an empty one for a network of another origin.
-
-    Raises:
-        EngineError: there is no such version, it is stored as pickle, or no server answers.
-    """
-    database = _database_file()
-    if database is not None and not database.is_file():  # MLflow would make an empty one
-        raise EngineError(
-            f"cannot load '{uri}': no MLflow database at '{database}'; go to the folder of the run that registered it, "
-            "or set MLFLOW_TRACKING_URI."
-        )
-    with _reported(f"load '{uri}'"), _library_defaults():
-        import mlflow
-
-        graph = mlflow.pytorch.load_model(uri)
-        card = mlflow.models.get_model_info(uri).metadata or {}
-    return ExportedNetwork(graph), dict(card)
-
-
-def _store_model(
-    run_id: str,
-    model: nn.Module,
-    input_shape: tuple[int, int, int],
-    tags: Mapping[str, Any],
-    card: Mapping[str, Any],
-) -> str:
-    """Log the network in the run's own experiment and return its id; one that cannot be read back is deleted again.
-
-    Left alone, `log_model` files the network of a run that is not the active one under the default experiment.
-    """
-    client = _client()
-    run = client.get_run(run_id)
-    logged = client.create_logged_model(
-        run.info.experiment_id, name="model", source_run_id=run_id, tags=texts(tags), params=dict(run.data.params)
-    )
-    try:
-        _export(run_id, logged.model_id, model, input_shape, card)
-        _check_round_trip(f"models:/{logged.model_id}", model, input_shape)
-    except BaseException:
-        client.delete_logged_model(logged.model_id)
-        raise
-    return str(logged.model_id)
-
-
-def _export(
-    run_id: str, model_id: str, model: nn.Module, input_shape: tuple[int, int, int], card: Mapping[str, Any]
-) -> None:
-    import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    example = np.zeros((2, *input_shape), dtype=np.float32)  # a batch of 1 would fix the batch size
-    with torch.inference_mode():
-        outputs = tuple(model(torch.from_numpy(example)).shape[1:])
-    float32 = np.dtype("float32")
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(float32, (-1, *input_shape))]), outputs=Schema([TensorSpec(float32, (-1, *outputs))])
-    )
-    versions = {"torch": torch.__version__.split("+", 1)[0], "numpy": np.__version__, "mlflow": mlflow.__version__}
-    try:
-        mlflow.pytorch.log_model(
-            model,
-            name="model",
-            model_id=model_id,
-            run_id=run_id,
-            serialization_format="pt2",
-            input_example=example,
-            signature=signature,
-            pip_requirements=[f"{package}=={version}" for package, version in versions.items()],
-            metadata=dict(card),
-        )
-    except _failures():
-        raise
-    except Exception as cause:  # torch.export has many ways to say that it cannot follow a network
-        raise EngineError(
-            f"the smaller network cannot be exported for the registry ({_first_line(cause)}); "
-            "use the folder 'model' of the output, or run without registering."
-        ) from cause
-
-
-def _check_round_trip(uri: str, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
-    import mlflow
-
-    stored = mlflow.pytorch.load_model(uri)
-    generator = torch.Generator().manual_seed(0)
-    for size in _PROBED_BATCHES:
-        images = torch.randn(size, *input_shape, generator=generator)
-        with torch.inference_mode():
-            expected, found = model(images), _call_exported(stored, images)
-        difference = float((expected - found).abs().max())
-        if not difference <= _ROUND_TRIP_TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise CertificateError(
-                f"the stored network differs from the one in memory by {difference:g} on a batch of {size}; "
-                "it was not registered: use the folder 'model' of the output."
-            )
-
-
-def _call_exported(stored: nn.Module, images: Tensor) -> Tensor:
-    try:
-        outputs: Tensor = stored(images)
-    except (AssertionError, RuntimeError) as cause:  # a guard of the export: the batch size was taken for a constant
-        raise EngineError(
-            f"the smaller network was exported for one batch size only and refuses {len(images)}; "
-            "let its forward pass not depend on the batch size, or run without registering."
-        ) from cause
-    return outputs
-
-
-def _create_version(run_id: str, model_id: str, name: str, alias: str, tags: Mapping[str, Any]) -> int:
-    from mlflow.exceptions import MlflowException
-
-    client = _client()
-    try:
-        client.create_registered_model(name)
-    except MlflowException as cause:
-        if cause.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    version = client.create_model_version(
-        name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=texts(tags)
-    )
-    client.set_registered_model_alias(name, alias, version.version)
-    versions = json.dumps([{"name": name, "version": version.version}])
-    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": versions})  # the web page links to it
-    return int(version.version)
-
-
 # --- MLflow's manners -------------------------------------------------------------------------------------------------
 
 
-def _client() -> MlflowClient:
+def client() -> MlflowClient:
+    """A client of the server that is used."""
     return _client_for(tracking_uri())
 
 
 @cache
 def _client_for(uri: str) -> MlflowClient:
-    return _import_quietly().MlflowClient(tracking_uri=uri)
+    return library().MlflowClient(tracking_uri=uri)
 
 
 @cache
-def _import_quietly() -> Any:
+def library() -> Any:
     """Import mlflow without what it does to a program: a handler on the root logger, banners, notes on migrations."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -435,9 +253,9 @@ def _import_quietly() -> Any:
 
 
 @contextmanager
-def _library_defaults() -> Iterator[None]:
+def library_defaults() -> Iterator[None]:
     """Point the functions that take no client at the same server, forbid pickle, and keep warnings from the user."""
-    mlflow = _import_quietly()
+    mlflow = library()
     with _environment({"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}):
         mlflow.set_tracking_uri(tracking_uri())
         try:
@@ -463,18 +281,19 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _reported(action: str) -> Iterator[None]:
+def reported(action: str) -> Iterator[None]:
     """Turn what clients, databases and sockets raise into one sentence."""
     try:
         yield
-    except _failures() as cause:
+    except failures() as cause:
         raise EngineError(
-            f"MLflow at '{_without_password(tracking_uri())}' could not {action} ({_first_line(cause)}); "
+            f"MLflow at '{_without_password(tracking_uri())}' could not {action} ({first_line(cause)}); "
             "check MLFLOW_TRACKING_URI and that the server runs."
         ) from cause
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
+    """What clients, databases and sockets raise."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -488,9 +307,10 @@ def _without_password(uri: str) -> str:
 def _root_cause(error: BaseException) -> str:
     while (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
-    return _first_line(error)
+    return first_line(error)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """First line of an error's text, shortened."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -22,7 +22,7 @@ from torch import nn
 from entprune.errors import CertificateError, EngineError
 from entprune.evaluation import count_macs, count_parameters, measure
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope
-from tasks import tracked_values, tracking
+from tasks import registry, tracked_values, tracking
 
 ROOT = Path(__file__).resolve().parents[1]
 INPUT_SHAPE = (1, 8, 8)
@@ -177,7 +177,7 @@ def test_registered_network_answers_alike_in_a_fresh_process(client: MlflowClien
     model = make_network()
     tags = {"certificate_passed": True, "checkpoint_sha256": "cd34", "parameters_removed": 0.5}
     card = {"mean": [0.1], "std": [0.2], "class_names": ["a", "b"]}
-    version = tracking.register(run_id, model, INPUT_SHAPE, "digits", tags=tags, card=card)
+    version = registry.register(run_id, model, INPUT_SHAPE, "digits", tags=tags, card=card)
 
     registered = client.get_model_version_by_alias("digits", "challenger")
     assert int(registered.version) == version
@@ -204,8 +204,8 @@ def test_registered_network_answers_alike_in_a_fresh_process(client: MlflowClien
 
 def test_registered_network_is_measured_like_the_original(run_id: str) -> None:
     model = make_network()
-    tracking.register(run_id, model, INPUT_SHAPE, "measured", tags={"certificate_passed": "true"}, card={"mean": [0.5]})
-    loaded, card = tracking.load_registered("models:/measured@challenger")
+    registry.register(run_id, model, INPUT_SHAPE, "measured", tags={"certificate_passed": "true"}, card={"mean": [0.5]})
+    loaded, card = registry.load_registered("models:/measured@challenger")
     assert card == {"mean": [0.5]}
     assert count_parameters(loaded) == count_parameters(model)
     assert count_macs(loaded, INPUT_SHAPE) == count_macs(model, INPUT_SHAPE)
@@ -230,8 +230,8 @@ class _Split:
 
 def test_alias_moves_to_the_newest_version(client: MlflowClient, run_id: str) -> None:
     tags = {"certificate_passed": True}
-    first = tracking.register(run_id, make_network(), INPUT_SHAPE, "twice", tags=tags)
-    second = tracking.register(run_id, make_network(), INPUT_SHAPE, "twice", tags=tags)
+    first = registry.register(run_id, make_network(), INPUT_SHAPE, "twice", tags=tags)
+    second = registry.register(run_id, make_network(), INPUT_SHAPE, "twice", tags=tags)
     assert (first, second) == (1, 2)
     assert int(client.get_model_version_by_alias("twice", "challenger").version) == 2
 
@@ -241,7 +241,7 @@ def test_network_without_a_passed_certificate_is_refused(
     client: MlflowClient, run_id: str, tags: dict[str, object]
 ) -> None:
     with pytest.raises(CertificateError, match="was not registered: expected a passed certificate"):
-        tracking.register(run_id, make_network(), INPUT_SHAPE, "refused", tags=tags)
+        registry.register(run_id, make_network(), INPUT_SHAPE, "refused", tags=tags)
     assert "refused" not in {model.name for model in client.search_registered_models()}
 
 
@@ -259,13 +259,13 @@ class _Unfollowable(nn.Module):
 
 def test_network_that_cannot_be_exported_is_one_sentence(client: MlflowClient, run_id: str) -> None:
     with pytest.raises(EngineError, match="cannot be exported for the registry"):
-        tracking.register(run_id, _Unfollowable(), INPUT_SHAPE, "odd", tags={"certificate_passed": True})
+        registry.register(run_id, _Unfollowable(), INPUT_SHAPE, "odd", tags={"certificate_passed": True})
     assert "odd" not in {model.name for model in client.search_registered_models()}
 
 
 def test_network_of_one_batch_size_is_refused(client: MlflowClient, run_id: str) -> None:
     with pytest.raises(EngineError, match="exported for one batch size only and refuses 1"):
-        tracking.register(run_id, _FixedBatch(), INPUT_SHAPE, "fixed", tags={"certificate_passed": True})
+        registry.register(run_id, _FixedBatch(), INPUT_SHAPE, "fixed", tags={"certificate_passed": True})
     assert "fixed" not in {model.name for model in client.search_registered_models()}
 
 
@@ -274,13 +274,13 @@ def test_loading_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         EngineError, match=r"cannot load 'models:/digits@challenger': no MLflow database at '.*mlflow.db'"
     ):
-        tracking.load_registered("models:/digits@challenger")
+        registry.load_registered("models:/digits@challenger")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_version_is_one_sentence(client: MlflowClient) -> None:
     with pytest.raises(EngineError, match=r"could not load 'models:/nobody@challenger'"):
-        tracking.load_registered("models:/nobody@challenger")
+        registry.load_registered("models:/nobody@challenger")
 
 
 def test_deleted_experiment_is_one_sentence(client: MlflowClient) -> None:
@@ -320,7 +320,7 @@ def test_wrong_address_is_one_sentence_without_the_password(monkeypatch: pytest.
 
 
 def test_registering_leaves_the_environment_alone(run_id: str) -> None:
-    tracking.register(run_id, make_network(), INPUT_SHAPE, "tidy", tags={"certificate_passed": True})
+    registry.register(run_id, make_network(), INPUT_SHAPE, "tidy", tags={"certificate_passed": True})
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert "MLFLOW_ALLOW_PICKLE_DESERIALIZATION" not in os.environ
 
@@ -329,13 +329,13 @@ WHOLE_ROUND = """
 import logging
 logging.getLogger().setLevel(logging.INFO)
 import numpy, torch
-from tasks import tracking
+from tasks import registry, tracking
 tracking.check()
 run_id = tracking.open_run("quiet", "first", {})
 tracking.log_stage(run_id, {"accuracy": 1.0})
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
-tracking.register(run_id, model, (1, 2, 2), "quiet", tags={"certificate_passed": True})
-tracking.load_registered("models:/quiet@challenger")
+registry.register(run_id, model, (1, 2, 2), "quiet", tags={"certificate_passed": True})
+registry.load_registered("models:/quiet@challenger")
 tracking.close_run(run_id)
 assert logging.getLogger().handlers == [], logging.getLogger().handlers
 """

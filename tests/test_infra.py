@@ -1,0 +1,168 @@
+"""Deployment files are checked by what will read them, as far as that is possible without an engine or a cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.cli.deploy._models import PrefectYamlModel
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.events.schemas.automations import AutomationCore
+from prefect.flows import load_flow_from_entrypoint
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).resolve().parents[1]
+INFRA = ROOT / "infra"
+PREFECT = yaml.safe_load((INFRA / "prefect/prefect.yaml").read_text())
+DEPLOYMENTS = {entry["name"]: entry for entry in PREFECT["deployments"]}
+COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+
+
+def find_pods(node: Any) -> list[dict[str, Any]]:
+    """Every pod specification in a manifest."""
+    if isinstance(node, list):
+        return [pod for entry in node for pod in find_pods(entry)]
+    if not isinstance(node, dict):
+        return []
+    return [node] * ("containers" in node) + [pod for entry in node.values() for pod in find_pods(entry)]
+
+
+# --- Prefect ----------------------------------------------------------------------------------------------------------
+
+
+def test_prefect_reads_its_deployments() -> None:
+    model = PrefectYamlModel.model_validate(PREFECT)
+    assert [entry.name for entry in model.deployments] == list(DEPLOYMENTS)
+    assert {"nightly-pruning", "weekly-sweep", "watch-dense"} <= set(DEPLOYMENTS)
+    for entry in model.deployments:
+        assert entry.work_pool is not None
+        assert entry.concurrency_limit is not None
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_entry_point_takes_the_parameters_of_its_deployment(name: str) -> None:
+    entry = DEPLOYMENTS[name]
+    module = entry["entrypoint"].rsplit(".", 1)[0]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not part of this tree")
+    flow = load_flow_from_entrypoint(entry["entrypoint"], use_placeholder_flow=False)
+    assert flow.validate_parameters(entry["parameters"])
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_schedule_is_one(name: str) -> None:
+    for schedule in DEPLOYMENTS[name]["schedules"]:
+        if "cron" in schedule:
+            CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
+        else:
+            assert schedule["interval"] > 0
+
+
+def test_all_deployments_share_a_pool_for_one_run_at_a_time() -> None:
+    assert {entry["work_pool"]["name"] for entry in DEPLOYMENTS.values()} == {"entprune-process"}
+    assert re.search(r'set-concurrency-limit "\$pool" 1', (INFRA / "prefect/create_pools.sh").read_text())
+
+
+def test_prefect_reads_the_automations() -> None:
+    for entry in yaml.safe_load((INFRA / "prefect/automations.yaml").read_text())["automations"]:
+        assert AutomationCore.model_validate(entry).enabled
+
+
+# --- Compose ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_service_refers_to_what_is_declared(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert set(service["networks"]) <= set(COMPOSE["networks"])
+    assert set(service.get("secrets", ())) <= set(COMPOSE["secrets"])
+    assert {volume.split(":")[0] for volume in service.get("volumes", ())} <= set(COMPOSE["volumes"])
+    assert set(service.get("depends_on", {})) <= set(COMPOSE["services"])
+    for needed, condition in service.get("depends_on", {}).items():
+        if condition["condition"] == "service_healthy":
+            assert "healthcheck" in COMPOSE["services"][needed]
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_service_listens_on_this_machine_alone(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    assert service.get("network_mode") is None
+    assert "healthcheck" in service or service["restart"] == "on-failure"  # what ends by itself has none
+
+
+def test_databases_and_objects_cannot_be_reached_from_outside() -> None:
+    assert COMPOSE["networks"]["storage"]["internal"] is True
+    for name in ("postgres", "objects"):
+        assert COMPOSE["services"][name]["networks"] == ["storage"]
+        assert "ports" not in COMPOSE["services"][name]
+
+
+def test_no_password_stands_in_a_file() -> None:
+    for name, secret in COMPOSE["secrets"].items():
+        assert secret == {"file": f"./secrets/{name}"}
+    text = (INFRA / "compose.yaml").read_text()
+    assert not re.search(r"(?i)(password|secret|token)[\w]*:\s*[\"']?[0-9a-z]{8,}[\"']?$", text, re.MULTILINE)
+    assert "infra/secrets/" in (ROOT / ".gitignore").read_text().split()
+
+
+def test_secrets_are_made_once(tmp_path: Path) -> None:
+    script = tmp_path / "create_secrets.sh"
+    script.write_text((INFRA / "create_secrets.sh").read_text())
+
+    def make() -> dict[str, str]:
+        subprocess.run(["/bin/sh", str(script)], check=True)
+        return {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
+
+    first = make()
+    assert set(first) == set(COMPOSE["secrets"])
+    assert len(set(first.values())) == len(first)
+    assert all(re.fullmatch(r"[0-9a-f]{48}", secret) for secret in first.values())
+    assert make() == first
+
+
+# --- Ray and Kubernetes -----------------------------------------------------------------------------------------------
+
+
+def test_ray_accepts_its_cluster() -> None:
+    config = yaml.safe_load((INFRA / "ray/cluster.yaml").read_text())
+    validate_config(prepare_config(config))
+    assert config["max_workers"] == len(config["provider"]["worker_ips"])
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_pods_are_bounded_and_not_root(name: str) -> None:
+    manifest = yaml.safe_load((INFRA / "kuberay" / name).read_text())
+    assert manifest["apiVersion"] == "ray.io/v1"
+    pods = find_pods(manifest)
+    assert len(pods) == 3
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        declared = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {"requests", "limits"} <= set(container["resources"])
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert {mount["name"] for mount in container["volumeMounts"]} <= declared
+            assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+
+
+def test_clusters_run_the_release_of_ray_that_is_allowed_here() -> None:
+    (bounds,) = re.findall(r'"ray\[default\]>=([\d.]+),', (ROOT / "pyproject.toml").read_text())
+    cluster = yaml.safe_load((INFRA / "kuberay/raycluster.yaml").read_text())["spec"]
+    job = yaml.safe_load((INFRA / "kuberay/rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == job["rayVersion"] == f"{bounds}.0"
+
+
+def test_image_is_not_run_as_root_and_holds_no_data() -> None:
+    lines = (INFRA / "docker/Dockerfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("USER ")] == ["USER 10001"]
+    copied = {line.split()[1] for line in lines if line.startswith("COPY ") and "--from" not in line}
+    ignored = (INFRA / "docker/Dockerfile.dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    assert all(f"!{name}" in ignored for name in copied)
+    assert all((ROOT / name).exists() for name in copied)
