@@ -12,7 +12,7 @@ from entprune.pareto import pareto_front
 from entprune.race import Finish
 from entprune.search import Candidate
 from flows.sweep_parameters import SweepSetting
-from tasks.stages import Workload
+from tasks.workload import Workload
 
 _LATENCY_BATCH = "64"
 
