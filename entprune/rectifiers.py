@@ -1,8 +1,9 @@
 """Refit of a layer whose outputs pass a ReLU: what the ReLU cuts off need not be right, only negative.
 
-Minimises sum (relu(z) - relu(v))^2 with z the dense and v the present pre-activations by majorisation: an element that
-the dense network cuts off is asked for min(v, 0) instead of z, the others for z, so each least-squares fit to these
-targets lowers the sum. A small pull towards z keeps what is cut off where it was.
+With z the dense and v the present pre-activations, minimises the sum of (z - v)^2 over what the dense network passes
+and of relu(v)^2 over what it cuts off, an upper bound of sum (relu(z) - relu(v))^2, by majorisation: an element that is
+cut off is asked for min(v, 0) instead of z, the others for z, so each least-squares fit to these targets lowers the
+bound. A small pull towards z keeps what is cut off where it was.
 
 Source: the alternation follows the idea of X. Zhang et al., "Accelerating Very Deep Convolutional Networks for
 Classification and Detection", 2016, with targets in place of their auxiliary variables.

@@ -24,7 +24,7 @@ from entprune.errors import CertificateError
 from entprune.evaluation import count_parameters
 from entprune.models import build_model
 from flows import cli
-from tasks import tracking
+from tasks import registry, tracking
 from tasks.exported import ExportedNetwork
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -543,7 +543,7 @@ def test_export_of_a_registered_graph_needs_only_its_input_shape(
     model = build_model("digits_cnn", num_classes=10, input_shape=(1, 8, 8)).eval()
     batch = torch.export.Dim("batch")
     graph = torch.export.export(model, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: batch},)).module()
-    monkeypatch.setattr(tracking, "load_registered", lambda _: (ExportedNetwork(graph), {}))
+    monkeypatch.setattr(registry, "load_registered", lambda _: (ExportedNetwork(graph), {}))
     given = ["export", "models:/digits@challenger", "--output", str(tmp_path / "digits.onnx")]
     assert run_cli(*given) == 2
     assert_one_sentence(capsys.readouterr().err, "'models:/digits@challenger'", "give --input-shape C,H,W")

@@ -167,10 +167,12 @@ def test_each_setting_keeps_its_own_latency_budget() -> None:
     clocks, losses = [Clock(), Clock()], [falling(3.0), falling(3.0)]
     budgets = [Budget(max_accuracy_drop=50.0, latency_removed=0.6), Budget(latency_removed=0.3)]
     entrants = [
-        replace(entrant(number), budget=budget, arena=str(number), kept_latency=clock)
+        replace(
+            entrant(number), budget=budget, arena=str(number), kept_latency=clock,
+            stop=StopRule(max_drop=budget.max_accuracy_drop, quantile=CONFIG.quantile),
+        )
         for number, (budget, clock) in enumerate(zip(budgets, clocks, strict=True))
-    ]
-    entrants[1] = replace(entrants[1], stop=StopRule(max_drop=None, quantile=CONFIG.quantile))
+    ]  # fmt: skip
     finishes = race(entrants, cast("Any", Field(losses)))
     for number, (finish, budget) in enumerate(zip(finishes, budgets, strict=True)):
         alone = search(
