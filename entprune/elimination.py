@@ -108,14 +108,15 @@ class _Elimination:
         """Take out every channel outside `kept` (positions among the alive ones)."""
         is_kept = torch.zeros(self._num_channels(), dtype=torch.bool)
         is_kept[kept] = True
-        inside = is_kept.repeat_interleave(self._block).to(self._features.device)
-        outside = ~inside
-        across = self._inverse[inside][:, outside]  # (d', removed)
+        mask = is_kept.repeat_interleave(self._block).to(self._features.device)
+        inside, outside = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+        rows = self._inverse.index_select(0, inside)
+        across = rows.index_select(1, outside)  # (d', removed)
         system = self._inverse[outside][:, outside]
         factor = torch.linalg.cholesky_ex(system.double()).L
         solved = torch.cholesky_solve(across.T.double(), factor).float().T  # (d', removed)
         self._weight = self._weight[inside] - solved @ self._weight[outside]
-        self._inverse = torch.addmm(self._inverse[inside][:, inside], solved, across.T, alpha=-1.0)
+        self._inverse = rows.index_select(1, inside).addmm_(solved, across.T, alpha=-1.0)
         self._features = self._features[inside]
         if 2 * len(self._features) <= self._inverted_at:
             self._invert()
