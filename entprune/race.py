@@ -16,7 +16,7 @@ import numpy as np
 
 from entprune.allocation import CostModel
 from entprune.config import Budget, PruneConfig
-from entprune.latency import latency_budget
+from entprune.latency import KeptLatency, latency_budget
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
 from entprune.runner import Runner, Work
@@ -39,6 +39,7 @@ class Entrant:
         candidate_key: name of a plan's score; entrants with the same name get the same score.
         known: score of a plan from an earlier run on the same inputs.
         on_score: called with each new score as it comes in.
+        kept_latency: measures the fraction of the dense network's latency that a plan keeps; by default here and now.
     """
 
     paths: dict[str, SparsityPath]
@@ -51,12 +52,12 @@ class Entrant:
     candidate_key: Callable[[PruningPlan], str]
     known: Callable[[PruningPlan], CandidateScore | None]
     on_score: Callable[[PruningPlan, CandidateScore], None]
+    kept_latency: KeptLatency | None = None
 
     def size(self, candidate: Candidate) -> int:
         """What the search makes small."""
-        is_macs = self.budget.kind == "macs_removed" or (
-            self.budget.kind == "max_accuracy_drop" and self.config.objective == "macs"
-        )
+        kind = self.budget.kind
+        is_macs = self.config.objective == "macs" if kind == "max_accuracy_drop" else kind != "parameters_removed"
         return candidate.macs if is_macs else candidate.parameters
 
 
@@ -84,7 +85,7 @@ class _Run:
 
     def __init__(self, entrant: Entrant) -> None:
         self.entrant = entrant
-        latency = latency_budget(entrant.job.network, entrant.budget, entrant.config)
+        latency = latency_budget(entrant.job.network, entrant.budget, entrant.config, entrant.kept_latency)
         self.ledger = Ledger(entrant.stop, entrant.job.reference, latency)
         self._steps = search_steps(entrant.paths, entrant.cost, self.ledger, entrant.budget, entrant.config)
         self.request: ScoreRequest | None = None
@@ -142,7 +143,7 @@ def race(entrants: Sequence[Entrant], runner: Runner, *, stop_early: bool = True
         One finish per entrant, in their order.
 
     Raises:
-        ConfigError: a size budget that even the least widths do not reach.
+        ConfigError: a size or latency budget that even the least widths do not reach.
     """
     runs = [_Run(entrant) for entrant in entrants]
     pool = _Pool(runner)

@@ -15,7 +15,7 @@ from flows.options import VerboseOption
 if TYPE_CHECKING:
     from flows.sweep_parameters import SweepParameters
 
-EPILOG = """[bold]Example[/bold]
+EPILOG = """[bold]Examples[/bold]
 
 A description such as infra/sweeps/lenet.yaml holds what all settings have in common and what they differ by:
 

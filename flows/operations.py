@@ -132,10 +132,16 @@ def schedule(
     return 0
 
 
+_RENAMED = {
+    "finetune_lr": "finetune_learning_rate",
+    "min_channels": "minimum_channels",
+    "min_fraction": "minimum_fraction",
+}
+
+
 def prune_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a pruning run from the options of `entprune prune` as they were typed; folders become absolute."""
-    renamed = {"min_channels": "minimum_channels", "min_fraction": "minimum_fraction"}
-    values = {renamed.get(key, key): value for key, value in options.items() if value is not None and key != "verbose"}
+    values = {_RENAMED.get(key, key): value for key, value in options.items() if value is not None and key != "verbose"}
     for key in ("mean", "std"):
         if key in values:
             values[key] = numbers(key, values[key])

@@ -31,9 +31,9 @@ from flows.workers import lone_worker_threads, start_workers, worker_config
 from tasks import stages, tracking
 from tasks.actors import accept_read_only_arrays
 from tasks.progress import StageClock
-from tasks.stages import Engine, Workload
 from tasks.store import Store
 from tasks.tuning import finetune
+from tasks.workload import Engine, Workload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

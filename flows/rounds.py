@@ -15,8 +15,8 @@ from entprune.pruning import build_smaller
 from entprune.rounds import RoundRecord, check_reachable, choose_round, is_exhausted, round_budget
 from entprune.search import SearchResult
 from tasks import stages
-from tasks.stages import Engine, Workload
 from tasks.tuning import finetune
+from tasks.workload import Engine, Workload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -30,8 +30,8 @@ from flows.workers import lone_worker_threads, start_workers, worker_config
 from tasks import sweeping, tracking
 from tasks.actors import accept_read_only_arrays
 from tasks.progress import StageClock
-from tasks.stages import Engine, Workload
 from tasks.store import Store
+from tasks.workload import Engine, Workload
 
 
 @flow(name="sweep", persist_result=False, validate_parameters=True)

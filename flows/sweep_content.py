@@ -12,7 +12,7 @@ from entprune.pareto import pareto_front
 from entprune.race import Finish
 from entprune.search import Candidate
 from flows.sweep_parameters import SweepSetting
-from tasks.stages import Workload
+from tasks.workload import Workload
 
 _LATENCY_BATCH = "64"
 
@@ -51,6 +51,8 @@ class Chosen:
 def choose(entries: Sequence[Entry], max_drop: float | None, smallest: str) -> Chosen:
     """Choose one setting by validation images alone; settings that were stopped take no part.
 
+    One that misses a budget other than accuracy is chosen only if all do.
+
     Args:
         entries: at least one of them finished.
         max_drop: points that the upper bound of the drop may reach; None to look for the least drop.
@@ -65,17 +67,23 @@ def choose(entries: Sequence[Entry], max_drop: float | None, smallest: str) -> C
         cost = entry.latency_ms[_LATENCY_BATCH] if smallest == "latency" else getattr(entry.finish.chosen, smallest)
         return cost, bound(entry), entry.setting.number
 
+    def other_missed(entry: Entry) -> bool:
+        return bool({*entry.finish.chosen.missed} - {"max_accuracy_drop"})
+
+    def nearness(entry: Entry) -> tuple[bool, float, tuple[float, float, int]]:
+        return other_missed(entry), bound(entry), size(entry)
+
     finished = [entry for entry in entries if entry.finish.stopped_by is None]
     if max_drop is None:
-        best = min(finished, key=lambda entry: (bound(entry), *size(entry)))
+        best = min(finished, key=nearness)
         rule = "the least accuracy drop, by its upper confidence bound on the validation images"
         return Chosen(number=best.setting.number, budget_met=best.finish.budget_met, rule=rule)
     what = {"parameters": "the fewest parameters", "macs": "the fewest MACs", "latency": "the lowest latency"}[smallest]
     rule = f"{what} with at most {max_drop:g} points lost, by the upper confidence bound on the validation images"
-    within = [entry for entry in finished if bound(entry) <= max_drop]
+    within = [entry for entry in finished if bound(entry) <= max_drop and not other_missed(entry)]
     if within:
         return Chosen(number=min(within, key=size).setting.number, budget_met=True, rule=rule)
-    nearest = min(finished, key=lambda entry: (bound(entry), *size(entry)))
+    nearest = min(finished, key=nearness)
     return Chosen(number=nearest.setting.number, budget_met=False, rule=f"{rule}; none does, so the nearest")
 
 

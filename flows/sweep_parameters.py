@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import yaml
@@ -21,15 +21,16 @@ from entprune.path import PathSetting
 from flows.parameters import PruneParameters, describe_validation, parse_parameters
 
 _DEFAULTS = PruneConfig()
-BUDGET_FIELDS = ("max_accuracy_drop", "parameters_removed", "macs_removed")
+BUDGET_FIELDS = ("max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed")
 PATH_FIELDS = tuple(PathSetting.__dataclass_fields__)
 _RUN_FIELDS = (
     "checkpoint", "calibration_samples", "validation_samples", "seed", "keep", "round_to", "minimum_channels",
     "minimum_fraction",
 )  # fmt: skip
 _CONFIG_FIELDS = (
-    "loss_exponent", "objective", "relative_ridge", "reestimate_batchnorm", "correct_residuals", "drop_estimate",
-    "confidence", "min_rows", "rows_per_feature", "resolution", "max_rounds", "candidates_per_round",
+    "loss_exponent", "objective", "relative_ridge", "reestimate_batchnorm", "rectified_steps", "output_temperature",
+    "correct_residuals", "drop_estimate", "confidence", "min_rows", "rows_per_feature", "resolution", "max_rounds",
+    "candidates_per_round",
 )  # fmt: skip
 SWEEPABLE = (*PATH_FIELDS, *_CONFIG_FIELDS, *BUDGET_FIELDS, *_RUN_FIELDS, "network")
 _MAX_SETTINGS = 1000
@@ -140,7 +141,8 @@ with warnings.catch_warnings():
         """What the `sweep` flow is asked to do: plain values, as a YAML file or a deployment holds them.
 
         Attributes:
-            base: what all settings have in common: fields of PruneParameters, PruneConfig and PathSetting.
+            base: what all settings have in common: fields of PruneParameters, PruneConfig and PathSetting. Its budgets
+                count where none is swept.
             grid: field to the list of its values; every combination is a setting.
             random: random draws; with a grid too, each of its points is combined with each draw.
             choose: rule by which one setting's network is chosen.
@@ -242,7 +244,7 @@ with warnings.catch_warnings():
             }
             if not any(name in BUDGET_FIELDS for name in (*self.base, *values)):
                 budget = next((name for name in BUDGET_FIELDS if name in first), None)
-                filled |= {} if budget is None else {budget: 0.5}  # fits all three
+                filled |= {} if budget is None else {budget: 0.5}  # fits all of them
             return filled | values
 
         def _parameters(self, values: Mapping[str, Any]) -> PruneParameters:
@@ -340,7 +342,9 @@ def _checked(value: Any, like: Any) -> Any:
 
 def _is_whole(name: str) -> bool:
     field = PruneParameters.model_fields.get(name)
-    default = getattr(PathSetting(), name, getattr(_DEFAULTS, name, None if field is None else field.default))
+    if field is not None:
+        return int in (field.annotation, *get_args(field.annotation))  # the default may be None
+    default = getattr(PathSetting(), name, getattr(_DEFAULTS, name, None))
     return isinstance(default, int) and not isinstance(default, bool)
 
 

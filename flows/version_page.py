@@ -88,9 +88,10 @@ def _budget_text(content: Mapping[str, Any]) -> str:
         "max_accuracy_drop": "at most {:g} accuracy points lost",
         "parameters_removed": "{:.0%} of the parameters removed",
         "macs_removed": "{:.0%} of the multiply-accumulates removed",
+        "latency_removed": f"{{:.0%}} of the latency of {content['budget'].get('latency_batch')} images removed",
     }
     texts = [wording[name].format(value) for name, value in _budget(content).items() if name in wording]
-    return f"a budget of {texts[0]}" if texts else "a budget"
+    return f"a budget of {' and '.join(texts)}" if texts else "a budget"
 
 
 def _figures_table(content: Mapping[str, Any]) -> list[str]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
-from prefect import Task, task
-from prefect.cache_policies import NO_CACHE
 from torch import nn
 
 from entprune.artifact import ModelCard, save_model
@@ -21,8 +17,7 @@ from entprune.assembly import RefitData
 from entprune.calibration import LayerStatistics, Statistics
 from entprune.certificate import Certificate
 from entprune.config import Budget, PruneConfig
-from entprune.datasets import ArraySplit, ImageData, ImageSplit, split_training
-from entprune.errors import CertificateError, EntpruneError
+from entprune.errors import CertificateError
 from entprune.evaluation import Measurement, count_macs, count_parameters, measure_latency
 from entprune.latency import measure_kept_latency
 from entprune.path import SettingPath, SparsityPath
@@ -38,9 +33,7 @@ from entprune.stages import (
     CandidateJob,
     CandidateScore,
     ImageSet,
-    Network,
     SolveKey,
-    analyse,
     answers_only,
     dense_reference,
     is_correct,
@@ -58,140 +51,12 @@ from entprune.storage import (
     write_bundle,
 )
 from tasks import registry, tracking
-from tasks.actors import RayRunner
 from tasks.consumer_files import write_consumer_files
-from tasks.keys import StageKeys, hash_images, hash_network
 from tasks.progress import StageClock
 from tasks.store import Store
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from tasks.workload import Calibration, Engine, Inputs, Workload, stage_task
 
 LATENCY_REPEATS = 5
-
-
-class Inputs(Protocol):
-    """What a run works on, loaded and checked."""
-
-    @property
-    def data(self) -> ImageData:
-        """Images and labels."""
-
-    @property
-    def network(self) -> Network:
-        """The analysed dense network."""
-
-    @property
-    def checkpoint_sha256(self) -> str:
-        """Of the file that its weights came from."""
-
-
-class Workload:
-    """Everything that a run's stages read. No dataclass: Prefect walks through those in search of futures.
-
-    Attributes:
-        network: dense.
-        data: whole data set.
-        checkpoint_sha256: of the file that the weights came from.
-        calibration, validation, test: images of each purpose, cut out of their splits.
-        validation_indices: of the validation images in the train split.
-        config, budget: what is asked.
-        keys: of stored results.
-    """
-
-    def __init__(self, inputs: Inputs, config: PruneConfig, budget: Budget) -> None:
-        self.network, self.data, self.checkpoint_sha256 = inputs.network, inputs.data, inputs.checkpoint_sha256
-        self.config = config = config.sized_for(self.network.dense_macs())
-        self.budget = budget
-        calibration, self.validation_indices = split_training(
-            self.data,
-            calibration=config.calibration_samples or 0,
-            validation=config.validation_samples or 0,
-            seed=config.seed,
-        )
-        everything = np.arange(len(self.data.test))
-        self.calibration = cut_out(self.data.train, calibration)
-        self.validation = cut_out(self.data.train, self.validation_indices)
-        self.test = ImageSet(split=self.data.test, indices=everything)
-        self.keys = StageKeys(
-            network=hash_network(self.network.model),
-            calibration=hash_images(self.data, "train", calibration),
-            validation=hash_images(self.data, "train", self.validation_indices),
-            test=hash_images(self.data, "test", everything),
-            config=config,
-        )
-
-    def start_round(self, model: nn.Module, budget: Budget) -> Workload:
-        """The same images and settings for a network that was pruned and tuned before."""
-        later = copy.copy(self)
-        later.budget = budget
-        if model is not self.network.model:
-            later.network = analyse(model, self.network.input_shape, self.config)
-            later.keys = dataclasses.replace(self.keys, network=hash_network(later.network.model))
-        return later
-
-    def card(self, model_spec: str) -> ModelCard:
-        """What the portable artifact needs to know."""
-        data = self.data
-        return ModelCard(
-            model_spec=model_spec,
-            num_classes=data.num_classes,
-            input_shape=data.input_shape,
-            mean=data.mean,
-            std=data.std,
-            class_names=data.class_names,
-        )
-
-
-class Calibration:
-    """Statistics of every layer, whose moments can be let go: Prefect holds on to what a task returned until the end.
-
-    Attributes:
-        statistics: per layer.
-    """
-
-    def __init__(self, statistics: dict[str, LayerStatistics]) -> None:
-        self.statistics = statistics
-
-    def drop_moments(self, network: Network) -> None:
-        """Keep what candidates need alone."""
-        self.statistics = answers_only(self.statistics, network)
-
-
-class Engine:
-    """What carries out a run's stages. No dataclass, for the same reason.
-
-    Attributes:
-        runner: hands units to workers.
-        store: results of this and earlier runs.
-        clock: times stages and passes on progress.
-        finetune_threads: torch threads of a unit that has the cluster to itself.
-    """
-
-    def __init__(self, runner: RayRunner, store: Store, clock: StageClock, *, finetune_threads: int = 1) -> None:
-        self.runner, self.store, self.clock = runner, store, clock
-        self.finetune_threads = finetune_threads
-
-    @contextmanager
-    def counting(self, step: str, number: int, total: int) -> Iterator[None]:
-        """Report the one unit that is run inside as one of several that follow each other."""
-        before = self.runner.progress
-        self.runner.progress = lambda *_: self.clock.advance(step, number, total)
-        try:
-            yield
-        finally:
-            self.runner.progress = before
-
-
-def is_worth_retrying(_: Any, __: Any, state: Any) -> bool:
-    """Whether a failed task may succeed if it is run again: never where the library has said what is wrong."""
-    error = getattr(state.data, "result", state.data)
-    return not isinstance(error, EntpruneError)
-
-
-def stage_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """A Prefect task; the store keeps results, because Prefect would have to pickle handles, networks and moments."""
-    return task(name=name, cache_policy=NO_CACHE, persist_result=False, retries=1, retry_condition_fn=is_worth_retrying)
 
 
 # --- load, calibrate, solve -------------------------------------------------------------------------------------------
@@ -202,14 +67,6 @@ def load(read: Callable[[], Inputs], config: PruneConfig, budget: Budget, clock:
     """Read and check the inputs, and lay out which images serve what."""
     with clock.stage("load"):
         return Workload(read(), config, budget)
-
-
-def cut_out(split: ImageSplit, indices: np.ndarray) -> ImageSet:
-    """The chosen images alone, so that workers are not sent the rest; of a split in memory only."""
-    if not isinstance(split, ArraySplit):
-        return ImageSet(split=split, indices=indices)
-    cut = dataclasses.replace(split, images=split.images[indices], labels=split.labels[indices])
-    return ImageSet(split=cut, indices=np.arange(len(indices)))
 
 
 def recall_paths(work: Workload, store: Store) -> dict[SolveKey, SettingPath]:

@@ -24,18 +24,15 @@ from entprune.storage import load_setting_path, save_setting_path
 from tasks.progress import StageClock
 from tasks.stages import (
     LATENCY_REPEATS,
-    Calibration,
-    Engine,
-    Inputs,
-    Workload,
     calibrate,
     candidate_job,
     keep_score,
+    kept_latency,
     logits_of,
     recall_score,
-    stage_task,
 )
 from tasks.store import Store
+from tasks.workload import Calibration, Engine, Inputs, Workload, stage_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,8 +224,7 @@ def _entrant(
 ) -> Entrant:
     """A setting's search; what its candidate units read is shared with settings of the same images and refit."""
     config, keys = work.config, work.keys
-    shared = f"{calibration_key(work)} {keys.validation} {config.relative_ridge} {config.reestimate_batchnorm}"
-    shared += f" {config.correct_residuals} {config.drop_estimate}"
+    shared = f"{calibration_key(work)} {keys.validation} {config.refit()} {config.drop_estimate}"
     if shared not in jobs:
         dense = logits_of(work, engine, work.network.model, work.validation, keys.validation, step="validate dense")
         jobs[shared] = candidate_job(work, calibration.statistics, dense_reference(dense, work.validation, config))
@@ -245,6 +241,7 @@ def _entrant(
         candidate_key=keys.candidate,
         known=lambda plan: recall_score(job, engine.store, keys.candidate(plan)),
         on_score=lambda plan, score: keep_score(engine.store, keys.candidate(plan), score),
+        kept_latency=partial(kept_latency, work, engine),
     )
 
 

@@ -14,8 +14,8 @@ from entprune.checkpoints import load_plain_state
 from entprune.finetune import FinetuneConfig
 from entprune.runner import Work
 from entprune.storage import load_training, read_bundle, save_training, write_bundle
-from tasks.stages import Engine, Workload, stage_task
 from tasks.units import EpochItem, FinetuneJob, finetune_epoch
+from tasks.workload import Engine, Workload, stage_task
 
 
 @stage_task("finetune")

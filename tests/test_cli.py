@@ -234,8 +234,11 @@ except SystemExit as ended:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["prune"], ["train"], ["evaluate"], ["export"], ["inspect"], ["promote"], ["rollback"], ["schedule"]],
-)
+    [
+        [], ["prune"], ["sweep"], ["train"], ["evaluate"], ["export"], ["inspect"], ["promote"], ["rollback"],
+        ["schedule"],
+    ],
+)  # fmt: skip
 def test_help_teaches_by_example_and_imports_nothing_heavy(command: list[str], tmp_path: Path) -> None:
     completed = run_program(LIST_HEAVY_IMPORTS, *command, "--help", cwd=tmp_path)
     assert completed.stdout.endswith("0 []\n"), completed.stderr

@@ -220,6 +220,14 @@ def test_page_tells_the_story_without_the_folders_of_the_machine() -> None:
     assert len(page) < 4000  # a verdict still has its place
 
 
+def test_page_names_every_budget() -> None:
+    budget = {"max_accuracy_drop": 0.5, "macs_removed": 0.3, "latency_removed": 0.2, "latency_batch": 8}
+    assert (
+        "a budget of at most 0.5 accuracy points lost and 30% of the multiply-accumulates removed and 20% of the "
+        "latency of 8 images removed,"
+    ) in version_page(make_report(budget=budget), "small")
+
+
 def test_gained_accuracy_reads_as_a_gain() -> None:
     report = make_report()
     report["one_shot"] |= {"accuracy": 99.2, "accuracy_drop": -0.2}

@@ -26,7 +26,7 @@ from flows.workers import worker_config, worker_shape
 from tasks.cluster import connect
 from tasks.progress import report_to
 from tasks.registry import load_registered
-from tasks.stages import cut_out, is_worth_retrying
+from tasks.workload import cut_out, is_worth_retrying
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 

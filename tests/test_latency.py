@@ -46,7 +46,7 @@ def test_latency_budget_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (batch_size, threads) == (8, 1)
         return float(np.mean([len(g.kept_channels) / g.num_channels for g in plan.groups]))
 
-    monkeypatch.setattr("entprune.search.measure_kept_latency", kept)
+    monkeypatch.setattr("entprune.latency.measure_kept_latency", kept)
     found = prune(Chain().eval(), images, budget=Budget(latency_removed=0.4, latency_batch=8), config=config)
     (entry,) = found.report["candidates"]
     assert entry["latency_kept"] == kept(None, found.plan, 8, 1) <= 0.6

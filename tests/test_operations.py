@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from mlflow import MlflowClient
 from pydantic import ValidationError
 from torch import nn
@@ -95,6 +96,10 @@ def test_schedule_takes_the_options_of_prune(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.chdir(tmp_path)
     options = [*PRUNE, "--max-accuracy-drop", "1", "--min-channels", "2", "--min-fraction", "0.1", "--mean", "0.3"]
     options += ["--std", "0.4", "--keep", "conv1", "--keep", "conv2", "--register", "net", "--cache-dir", "cache"]
+    options += ["--parameters-removed", "0.4", "--macs-removed", "0.3", "--latency-removed", "0.2"]
+    options += ["--latency-batch", "8"]
+    options += ["--finetune-epochs", "2", "--finetune-lr", "0.1", "--rounds", "3", "--round-to", "4", "--seed", "5"]
+    options += ["--calibration-samples", "100", "--validation-samples", "200", "--workers", "2"]
     asked: list[dict[str, Any]] = []
     served: list[tuple[PruneParameters, dict[str, Any]]] = []
     monkeypatch.setattr(cli, "_prune", lambda values, **_: asked.append(values) or 0)
@@ -108,6 +113,13 @@ def test_schedule_takes_the_options_of_prune(monkeypatch: pytest.MonkeyPatch, tm
         expected[path] = tmp_path / expected[path]  # whoever runs it may stand elsewhere
     assert parameters.model_dump() == expected
     assert when == {"name": "scheduled", "cron": "0 2 * * *", "timezone": "Europe/Berlin"}
+
+
+def test_every_option_of_prune_is_a_field_of_a_scheduled_run() -> None:
+    group = typer.main.get_command(cli.app)
+    options = {parameter.name for parameter in group.commands["prune"].params} - {"help"}
+    values = operations.prune_values(dict.fromkeys(options, 1) | {"mean": "0.3", "std": "0.4", "keep": ()})
+    assert set(values) <= set(PruneParameters.model_fields)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from entprune.runner import OnResult, Work
 from entprune.search import search
 from entprune.selection import StopRule
 from entprune.stages import CandidateJob, CandidateScore
-from tests.test_search import PATHS, Scorer, chain_cost, job_of
+from tests.test_search import PATHS, WIDTHS, Clock, Scorer, chain_cost, job_of
 
 NUM_IMAGES = 2000
 MAX_DROP = 1.0
@@ -160,6 +161,28 @@ def test_candidates_of_a_round_are_one_pool_and_equal_plans_one_unit() -> None:
     assert len(digests) == len(set(digests))
     assert described(finishes[0]) == described(finishes[2])
     assert field.released == 1
+
+
+def test_each_setting_keeps_its_own_latency_budget() -> None:
+    clocks, losses = [Clock(), Clock()], [falling(3.0), falling(3.0)]
+    budgets = [Budget(max_accuracy_drop=50.0, latency_removed=0.6), Budget(latency_removed=0.3)]
+    entrants = [
+        replace(entrant(number), budget=budget, arena=str(number), kept_latency=clock)
+        for number, (budget, clock) in enumerate(zip(budgets, clocks, strict=True))
+    ]
+    entrants[1] = replace(entrants[1], stop=StopRule(max_drop=None, quantile=CONFIG.quantile))
+    finishes = race(entrants, cast("Any", Field(losses)))
+    for number, (finish, budget) in enumerate(zip(finishes, budgets, strict=True)):
+        alone = search(
+            paths_of(number), chain_cost(), job_of(budget.max_accuracy_drop, num_images=NUM_IMAGES), budget, CONFIG,
+            cast("Any", Field(losses)), kept_latency=Clock(),
+        )  # fmt: skip
+        assert described(finish) == [candidate.to_dict() for candidate in alone.candidates]
+        assert finish.budget_met
+        assert finish.chosen.latency_kept == Clock()(finish.chosen.plan)
+        assert finish.chosen.latency_kept <= 1.0 - (budget.latency_removed or 0.0)
+        assert clocks[number].measured
+    assert entrants[1].size(finishes[1].chosen) == finishes[1].chosen.macs < chain_cost().macs(WIDTHS)
 
 
 def test_job_is_released_after_an_error() -> None:

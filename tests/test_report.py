@@ -239,6 +239,23 @@ def test_page_stands_alone(report: dict[str, Any]) -> None:
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
 
 
+def test_rounds_are_told_where_there_were_any() -> None:
+    rounds = [
+        {
+            "round": number, "parameters": parameters, "macs": 1_000_000, "validation_accuracy": 99.0,
+            "validation_drop": drop, "drop_upper_bound": drop + 0.1, "latency_kept": None, "networks_tried": 7,
+            "budgets_missed": missed, "widths": {"conv1": 2}, "chosen": not missed,
+        }
+        for number, parameters, drop, missed in ((1, 100_000, 0.2, []), (2, 10_000, 1.5, ["max_accuracy_drop"]))
+    ]  # fmt: skip
+    page = render_page(make_report(rounds=rounds), {})
+    text = " ".join(check_page(page).text)
+    assert "Rounds of pruning and tuning" in text
+    for fragment in ("75.0\xa0%", "97.5\xa0%", "−1.50", "within the budget, chosen", "not within the budget"):
+        assert fragment in text
+    assert "Rounds" not in render_page(make_report(rounds=[]), {})
+
+
 def test_references_inside_the_page_resolve() -> None:
     page = render_html(make_report(), make_paths())
     checker = check_page(page)

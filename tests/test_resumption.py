@@ -15,7 +15,7 @@ from torch import nn
 from entprune.datasets import ArraySplit
 from entprune.finetune import FinetuneConfig
 from entprune.runner import InProcessRunner, Work
-from tasks import stages
+from tasks import workload
 from tasks.progress import StageClock, report_to
 from tasks.store import Store
 from tasks.tuning import finetune
@@ -76,7 +76,7 @@ def tune(folder: Path, dies_in: int | None = None) -> tuple[dict[str, torch.Tens
     )  # fmt: skip
     runner = CountingRunner(dies_in)
     with Store(folder) as store:
-        engine = stages.Engine(cast("Any", runner), store, StageClock())
+        engine = workload.Engine(cast("Any", runner), store, StageClock())
         tuned = finetune.fn(cast("Any", work), engine, make_network(4), CONFIG)
     return tuned.state_dict(), runner
 

@@ -25,8 +25,9 @@ from entprune.stages import CandidateScore
 from entprune.storage import read_bundle, write_bundle
 from tasks import keys
 from tasks.keys import StageKeys, content_key, hash_arrays, hash_images, hash_network
-from tasks.stages import cut_out, keep_score, recall_score
+from tasks.stages import keep_score, recall_score
 from tasks.store import Store
+from tasks.workload import cut_out
 
 
 def save_number(number: int, path: Path) -> None:

@@ -23,7 +23,7 @@ from flows.sweep_inputs import preflight_sweep
 from flows.sweep_parameters import SweepParameters, parse_sweep
 from tasks.cluster import connect
 from tasks.progress import report_to
-from tasks.stages import cut_out
+from tasks.workload import cut_out
 from tests.test_flow import Recorder
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]

@@ -52,6 +52,9 @@ def test_values_of_continuations_change_all_of_a_settings_continuations() -> Non
 def test_swept_budget_takes_the_place_of_the_base_s() -> None:
     settings = parse_sweep(asked(grid={"macs_removed": [0.3, 0.6]})).settings()
     assert [setting.parameters.budget().to_dict() for setting in settings] == [{"macs_removed": r} for r in (0.3, 0.6)]
+    both = parse_sweep(asked(grid={"max_accuracy_drop": [0.5], "latency_removed": [0.2]})).settings()
+    assert both[0].parameters.budget().kind == "max_accuracy_drop"
+    assert both[0].parameters.budget().latency_removed == 0.2
 
 
 def test_networks_come_with_their_checkpoints() -> None:
@@ -127,7 +130,7 @@ def test_what_is_wrong_is_said_in_one_sentence_with_its_field(changes: dict[str,
 
 def test_every_sweepable_field_is_one_of_a_run() -> None:
     known = {*PathSetting.__dataclass_fields__, *PruneConfig.__dataclass_fields__, "checkpoint", "network"}
-    assert set(SWEEPABLE) <= known | {"max_accuracy_drop", "parameters_removed", "macs_removed"}
+    assert set(SWEEPABLE) <= known | {"max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed"}
 
 
 @pytest.mark.parametrize(

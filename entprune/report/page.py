@@ -31,6 +31,10 @@ _FIGURES_NOTE = (
     "remaining weights computed anew from the calibration images, without a single training step. MACs: "
     "multiply-accumulates for one image."
 )
+_ROUNDS_NOTE = (
+    "Each round prunes the network that the one before it left, and tunes it; its figures are of the tuned network, "
+    "against the unpruned one. Networks tried and curves further down are those of the first round."
+)
 _WIDTHS_CAPTION = (
     "Channels before and after. A group is a set of channels that can only be kept or removed together; it is named "
     "after the first layer that computes it."
@@ -67,6 +71,7 @@ def render_page(report: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         _headline(report),
         _warnings(report["warnings"]),
         _figures_table(report),
+        _rounds(report),
         _overview(report, plots),
         _groups(report, plots),
         _unprunable(report["unprunable"]),
@@ -169,6 +174,35 @@ def _figures_table(report: Mapping[str, Any]) -> str:
     table = _table(["", *(name for name, _ in columns)], rows, kinds="t" + "n" * len(columns))
     return (
         f"<section>\n<h2>Before and after</h2>\n<p class='quiet small'>{_FIGURES_NOTE}</p>\n"
+        f"<div class='card'>{table}</div>\n</section>"
+    )
+
+
+def _rounds(report: Mapping[str, Any]) -> str:
+    """Of a run that pruned and tuned in turns: what each round came to."""
+    rounds, dense = report.get("rounds") or (), report["dense"]
+    if not rounds:
+        return ""
+    rows = [
+        [
+            entry["round"],
+            format_count(entry["parameters"]),
+            format_fraction(1.0 - entry["parameters"] / dense["parameters"]),
+            format_fraction(1.0 - entry["macs"] / dense["macs"]),
+            format_accuracy(entry.get("validation_accuracy")),
+            format_change(entry.get("validation_drop")),
+            format_change(entry.get("drop_upper_bound")),
+            entry["networks_tried"],
+            _judgement(entry | {"accepted": not entry["budgets_missed"]}),
+        ]
+        for entry in rounds
+    ]
+    head = ["round", "parameters", "removed", "MACs removed", "validation accuracy", "change", "at worst", "tried",
+            "judgement"]  # fmt: skip
+    chosen = {number for number, entry in enumerate(rounds) if entry["chosen"]}
+    table = _table(head, rows, kinds="nnnnnnnnt", emphasised=chosen)
+    return (
+        f"<section>\n<h2>Rounds of pruning and tuning</h2>\n<p class='quiet small'>{_ROUNDS_NOTE}</p>\n"
         f"<div class='card'>{table}</div>\n</section>"
     )
 
