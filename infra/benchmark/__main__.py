@@ -49,7 +49,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", default="", help="only this one, as in the file names: parameters_removed-0.92")
     parser.add_argument("--methods", default="", help=f"of the part selection: some of {','.join(METHODS)}")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; by default what the part prescribes")
-    parser.add_argument("--force", action="store_true", help="measure again what exists; files on other inputs begin anew")
+    parser.add_argument(
+        "--force", action="store_true", help="measure again what exists; files on other inputs begin anew"
+    )
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
     parser.add_argument("--results", type=Path, default=RESULTS)

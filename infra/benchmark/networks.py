@@ -152,10 +152,14 @@ class Bench:
             self.network, self.calibration, self.statistics, None, everything, self.config, self._runner
         )
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Percent of the test images classified correctly: the final figure of a cell, never a basis of a choice."""
+    def outcomes(self, model: nn.Module) -> np.ndarray:
+        """(n,) bool: which test images are classified correctly; the end of a cell, never a basis of a choice."""
         logits = predict(model, self.test, self.config, self._runner, stage="test")
-        return 100.0 * float(is_correct(logits, self.test).mean())
+        return is_correct(logits, self.test)
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Percent of the test images classified correctly."""
+        return 100.0 * float(self.outcomes(model).mean())
 
 
 def load_bench(entry: TrainedNetwork, folders: Folders, config: PruneConfig) -> Bench:
