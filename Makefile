@@ -73,7 +73,7 @@ benchmark: $(VENV)/.dev
 		$(if $(FORCE),--force)
 
 benchmark-page: $(VENV)/.dev
-	$(BIN)/python -m infra.benchmark.render
+	$(BIN)/python -m infra.benchmark.render --root
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage $(DEMO)

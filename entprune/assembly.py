@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from entprune.residuals import Residual, inverse_gain
 from entprune.tracing import called_modules, trace
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
+_HELD_NUMBERS = 2**28  # a gigabyte: rows of one layer up to this size are held while it is refit
 _PULL = 0.1  # of the dense answer where a ReLU cuts it off
 
 
@@ -266,7 +268,9 @@ class _RefitWalk:
         num_rows = len(self._statistics[name].outputs)
         fit = make_fit(num_rows, feature_count(layer), layer.weight.shape[0], intercept, self._device)
         prior, ridge = layer.weight.flatten(1), self._config.relative_ridge
-        for rows, dense, summand in self._observations(name, layer, kept, inputs, summands):
+        read = partial(self._observations, name, layer, kept, inputs, summands)
+        held = list(read()) if num_rows * feature_count(layer) <= _HELD_NUMBERS else None
+        for rows, dense, summand in held or read():
             fit.update(rows, dense - summand)
         weight, bias = fit.solve(prior, ridge)
         cut = self._cut_offs[name].at(kept) if name in self._cut_offs else None
@@ -274,7 +278,7 @@ class _RefitWalk:
             if cut is None:
                 break
             fit.forget_answers()
-            for rows, dense, summand in self._observations(name, layer, kept, inputs, summands):
+            for rows, dense, summand in held or read():
                 present = torch.addmm(bias, rows, weight.T) + summand
                 fit.answer_again(rows, cut.targets(dense, present, _PULL) - summand)
             weight, bias = fit.solve(prior, ridge)

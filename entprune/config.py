@@ -121,9 +121,9 @@ class PruneConfig:
     min_rows: int = 10_000
     rows_per_feature: float = 2.0
     settings: tuple[PathSetting, ...] = field(
-        default_factory=lambda: (PathSetting(entropy_weight=1.0), PathSetting(entropy_weight=3.0))
+        default_factory=lambda: (PathSetting(entropy_weight=1.0), PathSetting(method="elimination"))
     )
-    loss_exponent: float = 0.7
+    loss_exponent: float = 1.0
     objective: Literal["parameters", "macs"] = "parameters"
     minimum_channels: int = 1
     minimum_fraction: float = 0.0
@@ -138,7 +138,7 @@ class PruneConfig:
     confidence: float = 0.95
     candidates_per_round: int = 2
     max_rounds: int = 6
-    resolution: float = 1.08
+    resolution: float = 1.05
     certificate_tolerance: float = 1e-4
     threads: int = 1
     seed: int = 0
@@ -181,7 +181,7 @@ class PruneConfig:
         return replace(
             self,
             calibration_samples=self.calibration_samples or round(_CALIBRATION_SAMPLES * more),
-            validation_samples=self.validation_samples or round(_VALIDATION_SAMPLES * min(more, 2.5)),
+            validation_samples=self.validation_samples or round(_VALIDATION_SAMPLES * more),
         )
 
     def refit(self) -> RefitConfig:

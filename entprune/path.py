@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
+from entprune.elimination import can_eliminate, eliminate
 from entprune.errors import ConfigError
 from entprune.regression import GroupProblem
 from entprune.shared_steps import Continuation, SharedSteps
@@ -19,9 +21,12 @@ _MAX_LEVELS = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathSetting:
-    """Hyperparameters of one continuation.
+    """Hyperparameters of one way to order the channels of a group.
 
     Attributes:
+        method: "entropy" continues in the L2 weight and drops channels whose probability vanishes; "elimination" takes
+            out the channels that the refit error misses least (:mod:`entprune.elimination`) and reads nothing of the
+            rest, except where a consumer has fewer rows than features: there it continues, too.
         entropy_weight: signed, in units of the L2 term per nat: eps_w = entropy_weight * (L2 term) / log(alive
             channels). Positive minimises entropy (sharpens), negative maximises it (softens), zero leaves the
             group-l_(2/3) penalty alone.
@@ -32,6 +37,7 @@ class PathSetting:
         max_drop: largest fraction of the alive channels that may leave after one level.
     """
 
+    method: Literal["entropy", "elimination"] = "entropy"
     entropy_weight: float = 1.0
     drop_threshold: float = 0.3
     l2_start: float = 0.1
@@ -41,6 +47,7 @@ class PathSetting:
 
     def __post_init__(self) -> None:
         checks = {
+            "method": self.method in ("entropy", "elimination"),
             "entropy_weight": -10 <= self.entropy_weight <= 10,
             "drop_threshold": 0 < self.drop_threshold < 1,
             "l2_start": 0 < self.l2_start <= 1,
@@ -54,9 +61,11 @@ class PathSetting:
 
     def label(self) -> str:
         """Short name for tables and run names."""
+        if self.method == "elimination":
+            return "backward elimination"
         return f"entropy {self.entropy_weight:+g}, drop {self.drop_threshold:g}, growth {self.l2_growth:g}"
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
@@ -124,7 +133,9 @@ class SparsityPath:
 def solve_setting(
     problem: GroupProblem, setting: PathSetting, *, device: str = "cpu", shared: SharedSteps | None = None
 ) -> SettingPath:
-    """Continue from small to large L2 weight at one setting, dropping channels as their probabilities vanish.
+    """Order the channels of a group at one setting.
+
+    By entropy: continue from small to large L2 weight, dropping channels as their probabilities vanish.
 
     Args:
         problem: scaled regressions of the group.
@@ -133,6 +144,15 @@ def solve_setting(
         shared: steps of the same problem's continuations at other settings; the result is the same without.
     """
     shared = shared or SharedSteps(problem, device=device)
+    if setting.method == "elimination" and can_eliminate(problem):
+        ranked, probabilities = eliminate(problem, device=device)
+        return SettingPath(
+            setting=setting,
+            order=np.array(ranked, dtype=np.int64),
+            errors=shared.errors(ranked),
+            snapshots=probabilities,
+            status="complete",
+        )
     state = shared.begin()
     dropped: list[int] = []
     snapshots: list[np.ndarray] = []

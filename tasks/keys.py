@@ -26,7 +26,7 @@ from entprune.tracing import trace
 STAGE_VERSIONS = {
     "answers": 3,
     "moments": 2,
-    "paths": 4,
+    "paths": 5,
     "candidates": 5,
     "latencies": 1,
     "logits": 1,

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entprune.allocation import AllocationProblem, CostModel, LayerCost
+from entprune.allocation import AllocationProblem, CostModel, LayerCost, build_cost_model
 from entprune.assembly import slice_network
 from entprune.config import PruneConfig
 from entprune.datasets import ImageData
 from entprune.errors import ConfigError
 from entprune.groups import ChannelGroups, find_groups
+from entprune.models import build_model
 from entprune.plan import PruningPlan
 from entprune.regression import ConsumerProblem, GroupProblem
 from entprune.stages import ImageSet
@@ -31,12 +32,13 @@ from infra.benchmark.__main__ import choose, main
 from infra.benchmark.block_obs import elimination_order
 from infra.benchmark.importances import fpgm_order, l1_order, taylor_order
 from infra.benchmark.lasso import LassoPath, contribution_matrix
-from infra.benchmark.networks import Bench, Folders, TrainedNetwork
+from infra.benchmark.networks import NETWORKS, Bench, Folders, TrainedNetwork
+from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
 from infra.benchmark.parts import Request
 from infra.benchmark.records import Record, Subject, all_records
 from infra.benchmark.render import BEGIN, END, replace_between_markers, short_table, write_page
 from infra.benchmark.selectors import METHODS, Ranking, make_selector, select_plan, uniform_widths
-from infra.benchmark.tables import exponent
+from infra.benchmark.tables import compare, exponent
 from tests.micro_networks import IMAGE_SHAPE, Chain, random_split, warm_up
 
 
@@ -164,15 +166,46 @@ def chain_problem(widths: dict[str, int]) -> AllocationProblem:
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.33, 0.5, 0.9, 1.0])
-def test_uniform_widths_meet_the_budget_and_no_larger_ratio_does(kept: float) -> None:
+def test_uniform_widths_are_the_largest_ratio_and_evenly_spent_change(kept: float) -> None:
     problem = chain_problem({"a": 20, "b": 50, "c": 16})
-    widths, target = uniform_widths(problem, kept), kept * problem.cost.parameters(problem.full())
+    full = problem.full()
+    target = kept * problem.cost.parameters(full)
+    widths = uniform_widths(problem, kept)
     assert problem.cost.parameters(widths) <= target
-    ratios = [(width / full, (width + 1) / full) for width, full in zip(widths.values(), (20, 50, 16), strict=True)]
-    assert max(low for low, _ in ratios) < min(high for _, high in ratios)  # one ratio explains all widths
-    following = min(high for _, high in ratios)
-    wider = {name: int(following * full + 1e-9) for name, full in problem.full().items()}
-    assert kept == 1.0 or problem.cost.parameters(wider) > target
+    trials = [{name: max(1, k * count // 4000) for name, count in full.items()} for k in range(4001)]  # 1/4000 steps
+    ratio = max((trial for trial in trials if problem.cost.parameters(trial) <= target), key=problem.cost.parameters)
+    expected = spend_by_trying_all(problem, ratio, target)
+    assert widths == expected
+    for name in full:
+        wider = {**widths, name: widths[name] + 1}
+        assert widths[name] == full[name] or problem.cost.parameters(wider) > target
+
+
+def spend_by_trying_all(problem: AllocationProblem, widths: dict[str, int], target: float) -> dict[str, int]:
+    """Widen by one channel the narrowest group of all that still fit, as long as one does."""
+    full, names = problem.full(), list(widths)
+    while True:
+        trials = [{**widths, name: widths[name] + 1} for name in names if widths[name] < full[name]]
+        fitting = [trial for trial in trials if problem.cost.parameters(trial) <= target]
+        if not fitting:
+            return widths
+        grown = {next(name for name in names if trial[name] > widths[name]): trial for trial in fitting}
+        widths = grown[min(grown, key=lambda name: (widths[name] / full[name], names.index(name)))]
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet56_cifar"])
+def test_uniform_widths_remove_what_was_asked_within_a_third_of_a_point(name: str) -> None:
+    entry, shape = NETWORKS[name], (1, 28, 28) if name == "lenet" else (3, 32, 32)
+    model = build_model(name, num_classes=10, input_shape=shape).eval()
+    groups = find_groups(model, torch.zeros(2, *shape))
+    losses = {group.name: np.linspace(1.0, 0.0, group.num_channels + 1) for group in groups.groups}
+    cost = build_cost_model(model, groups, shape)
+    for budget in entry.budgets():
+        objective = "parameters" if budget.kind == "parameters_removed" else "macs"
+        problem = AllocationProblem(losses=losses, minimum=dict.fromkeys(losses, 1), cost=cost, objective=objective)
+        removed = 1.0 - problem.fraction(uniform_widths(problem, 1.0 - budget.value))
+        assert budget.value <= removed + 1e-12
+        assert removed == pytest.approx(budget.value, abs=0.003)
 
 
 def test_uniform_widths_refuse_what_cannot_be_met() -> None:
@@ -217,6 +250,12 @@ def test_records_refuse_other_inputs_and_other_subjects(tmp_path: Path) -> None:
         Record(path, SUBJECT).require_facts({"data_sha256": "e"})
     with pytest.raises(ConfigError, match="move the file away"):
         Record(path, Subject(part="selection", network="lenet", seed=4, budget="macs_removed-0.5"))
+    again = Record(path, SUBJECT)
+    again.require_facts({"data_sha256": "d"}, renew=True)
+    assert again.has({"method": "l1"})
+    again.require_facts({"data_sha256": "e"}, renew=True)
+    assert not again.has({"method": "l1"})
+    assert again.content["facts"] == {"data_sha256": "e"}
     path.write_text(json.dumps({"record_version": 0}), encoding="utf-8")
     with pytest.raises(ConfigError, match="record_version"):
         Record(path, SUBJECT)
@@ -233,14 +272,19 @@ ENTRY = TrainedNetwork(
 class TinyRequest(Request):
     """A request whose network needs no file."""
 
-    def bench(self) -> Bench:
+    def bench(self, calibration_samples: int | None = None) -> Bench:
         torch.manual_seed(0)
         train, test = random_split(1800), random_split(200, seed=1)
         data = ImageData(
             name="noise", train=train, test=test, num_classes=3, input_shape=IMAGE_SHAPE, mean=train.mean,
             std=train.std, class_names=("a", "b", "c"), sha256="d",
         )  # fmt: skip
-        config = PruneConfig(seed=self.seed, calibration_samples=192, validation_samples=200, min_rows=500)
+        config = PruneConfig(
+            seed=self.seed,
+            calibration_samples=min(calibration_samples or 192, 192),
+            validation_samples=200,
+            min_rows=500,
+        )
         return Bench(ENTRY, warm_up(Chain()), data, config, "c")
 
 
@@ -249,7 +293,12 @@ def request_chain() -> TinyRequest:
     return TinyRequest(network="lenet", seed=0, threads=1, folders=Folders(data=Path(), checkpoints=Path()))
 
 
-def test_every_method_is_measured_at_the_same_size_plain_and_refit(request_chain: TinyRequest, tmp_path: Path) -> None:
+def test_every_method_is_measured_at_the_same_size_plain_and_refit(
+    request_chain: TinyRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    score = selection.score_candidate
+    monkeypatch.setattr(selection, "score_candidate", lambda job, plan: calls.append(plan.digest()) or score(job, plan))
     meter = selection.SelectionMeter(request_chain)
     subject = Subject(part="selection", network="chain", seed=0, budget="parameters_removed-0.5")
     facts = meter.facts(Record(subject.path(tmp_path), subject))
@@ -258,6 +307,9 @@ def test_every_method_is_measured_at_the_same_size_plain_and_refit(request_chain
         for weights, widths in selection.VARIANTS
         for method in METHODS
     }
+    assembled = len({values["plan_sha256"] for (weights, _, _), values in found.items() if weights == "refit"})
+    assert len(calls) == assembled < 2 * len(METHODS)  # equal plans are assembled once
+    assert all(np.mean(~unpack_outcomes(v["wrong"], 200)) * 100 == pytest.approx(v["accuracy"]) for v in found.values())
     for widths in ("uniform", "allocated"):
         sizes = {tuple(values["widths"]) for (_, kind, _), values in found.items() if kind == widths}
         assert len(sizes) == 1
@@ -304,7 +356,7 @@ def measured(request_chain: TinyRequest, tmp_path_factory: pytest.TempPathFactor
     meters = {
         "budgets": (budgets.BudgetMeter(request_chain), {"max_accuracy_drop": 30.0}),
         "epoch": (epoch.EpochMeter(request_chain), {"max_accuracy_drop": 30.0}),
-        "latency": (latency.LatencyMeter(request_chain), {"budget": "parameters_removed-0.5"}),
+        "latency": (latency.LatencyMeter(request_chain), {"budget": "parameters_removed-0.8"}),
     }
     for part, (meter, key) in meters.items():
         values = meter.measure(Subject(part=part, network="chain", seed=0), key)
@@ -321,26 +373,79 @@ def test_parts_measure_what_they_say(measured: Path) -> None:
     values = times["cells"][0]["values"]
     assert "measure" not in values["stages_seconds"]
     assert values["prune_seconds"] == pytest.approx(sum(values["stages_seconds"].values()), abs=0.01)
-    assert values["ratio"]["float32"] == pytest.approx(
-        sum(values["stages_seconds"].values()) / values["epoch_seconds"]["float32"]
-    )
+    fastest = min(values["epoch_seconds"].values())
+    assert values["ratio"] == pytest.approx(sum(values["stages_seconds"].values()) / fastest)
+    assert values["bfloat16_is_native"] == (set(values["epoch_seconds"]) == {"bfloat16"})
     values = latencies["cells"][0]["values"]
     assert values["macs"]["pruned"] < values["macs"]["dense"]
     assert values["latency_ms"]["dense"]["64"] > 0
 
 
+def test_an_epoch_is_timed_without_its_warm_up(request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(model: nn.Module, split: object, indices: np.ndarray, loss: object, config: object, stamp: object) -> None:
+        assert len(indices) == (epoch.WARM_UP + epoch.STEPS) * config.batch_size
+        for step in range(epoch.WARM_UP + epoch.STEPS):
+            clock[0] += 100.0 if step < epoch.WARM_UP else 2.0
+            stamp(step + 1, 15, "training")
+
+    clock = [0.0]
+    monkeypatch.setattr(epoch, "fit", fit)
+    monkeypatch.setattr(epoch.time, "perf_counter", lambda: clock[0])
+    bench = request_chain.bench()
+    assert epoch.epoch_seconds(bench, amp=True) == pytest.approx(2.0 * (1800 // 128))
+
+
+def test_passes_alternate_and_the_median_ignores_warm_up_and_slow_spells(monkeypatch: pytest.MonkeyPatch) -> None:
+    def network(name: str, seconds: float) -> nn.Module:
+        class Timed(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                calls.append(name)
+                clock[0] += seconds + 10.0 * (len(calls) in {1, 2, 20})
+                return x
+
+        return Timed()
+
+    clock, calls = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+    medians = latency.time_in_turns([network("dense", 2.0), network("pruned", 0.5)], torch.zeros(1))
+    assert medians == pytest.approx([2000.0, 500.0])
+    assert calls[:4] == ["dense", "pruned", "dense", "pruned"]
+    assert len(calls) == 2 * (3 + latency.PASSES)
+
+
+def shrink_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("CHANNELS", 6), ("OUTPUTS", 4), ("_LATENT", 5), ("_CHUNK", 64)):
+        monkeypatch.setattr(scaling, name, value)
+
+
 def test_solving_time_is_measured_on_moments_of_as_many_rows_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "CHANNELS", 6)
-    monkeypatch.setattr(scaling, "OUTPUTS", 4)
-    monkeypatch.setattr(scaling, "_LATENT", 5)
+    shrink_layer(monkeypatch)
     request = Request(network="synthetic", seed=0, threads=1, folders=Folders(data=Path(), checkpoints=Path()))
     meter = scaling.ScalingMeter(request)
     subject = Subject(part="scaling", network="synthetic", seed=0)
-    few, many = (meter.measure(subject, {"quantity": "solve", "images": images}) for images in (100, 20_000))
-    assert (few["rows"], many["rows"]) == (10_000, 20_000)
+    few, many = (meter.measure(subject, {"quantity": "solve", "images": images}) for images in (100, 2000))
+    assert (few["rows"], many["rows"]) == (500, 10_000)
     assert few["solve_seconds"] > 0
     rate = meter.measure(subject, {"quantity": "moments"})
-    assert rate["moments_gflops"] < rate["moments_gflops_if_full"]
+    features = 6 * 9
+    assert rate["rows"] == 4 * 64
+    assert rate["moments_gflops"] / rate["moments_gflops_if_full"] == pytest.approx((features + 1) / (2 * features))
+    assert rate["matmul_gflops"] > 0
+
+
+def test_a_stream_goes_on_from_fewer_rows_to_the_moments_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_layer(monkeypatch)
+    stream = scaling.Stream(seed=3)
+    first, longer = (stream.problem(rows).consumers[0].gram for rows in (128, 256))
+    again = stream.problem(128).consumers[0].gram
+    rows = scaling.activations(64, torch.Generator().manual_seed(3))
+    assert not np.allclose(first, longer)
+    assert np.array_equal(first, again)
+    assert np.allclose(scaling.Stream(seed=3).problem(256).consumers[0].gram, longer, atol=1e-5)
+    channels = rows.double().reshape(64, 6, 9).numpy()
+    variance = channels.var(0).mean(1)  # a channel's scale is the mean over its taps
+    only = scaling.Stream(seed=3).problem(64).consumers[0].gram
+    assert np.allclose(np.diag(only), (channels.var(0) / variance[:, None]).ravel(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["solve", "assemble"])
@@ -362,6 +467,37 @@ def test_peak_memory_is_that_of_a_whole_pruning(
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_the_fitted_exponent_is_that_of_the_curve(power: float) -> None:
     assert exponent([(n, 3.0 * n**power) for n in (1000, 3000, 50_000)]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("count", [1, 200, 10_001])
+def test_outcomes_come_back(count: int) -> None:
+    wrong = np.random.default_rng(count).random(count) < 0.1
+    text = pack_outcomes(wrong)
+    assert np.array_equal(unpack_outcomes(text, count), wrong)
+
+
+def cell_of(wrong: np.ndarray, *, with_outcomes: bool = True) -> dict:
+    stored = {"wrong": pack_outcomes(wrong)} if with_outcomes else {}
+    return {"accuracy": 100.0 * float(np.mean(~wrong)), **stored}
+
+
+def test_the_noise_of_a_difference_is_that_of_the_images_that_differ() -> None:
+    first, second = np.zeros(10_000, dtype=bool), np.zeros(10_000, dtype=bool)
+    first[:700], second[100:800] = True, True  # 200 images are right in one alone
+    cells = [cell_of(first)], [cell_of(second)]
+    assert paired_error(*cells, 10_000) == pytest.approx(100 * (0.02 / 10_000) ** 0.5)
+    assert paired_error(cells[0], cells[0], 10_000) == 0.0
+    bounds = [[cell_of(wrong, with_outcomes=False)] for wrong in (first, second)]
+    assert paired_error(*bounds, 10_000) == pytest.approx(100 * (0.14 / 10_000) ** 0.5)
+    second[:800] = False
+    second[700:1400] = True  # no error in common: the bound is met
+    assert paired_error([cell_of(first)], [cell_of(second)], 10_000) == pytest.approx(paired_error(*bounds, 10_000))
+
+
+def test_the_best_is_bold_and_what_is_level_is_marked() -> None:
+    best, level, behind = (np.arange(1000) < count for count in (50, 51, 90))
+    texts = compare([[cell_of(wrong)] for wrong in (behind, best, level)] + [[]], 1000)
+    assert texts == ["91.00", "**95.00**", "94.90 ≈", "-"]
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -396,7 +532,8 @@ def test_every_stored_accuracy_is_on_the_page(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [line.replace("**", "").replace(" ≈", "") for line in text.splitlines() if line.startswith("| ")]
+    assert sum("**" in line for line in text.splitlines() if line.startswith("| ")) == len(selection.VARIANTS)
     for accuracy in stored.values():
         assert sum(f" {accuracy:.2f} " in line for line in rows) == 1
     assert (tmp_path / "out" / "plots" / "selection-lenet-parameters.svg").read_text().count("<svg") == 1
@@ -425,13 +562,13 @@ def test_curves_over_images_are_fitted_and_drawn(tmp_path: Path) -> None:
     cells: list[tuple[dict, dict]] = []
     for n in (1000, 10_000):
         key = {"quantity": "solve", "images": n}
-        cells.append((key, {"solve_seconds": 2.0, "moments_seconds": n / 500}))
+        cells.append((key, {"solve_seconds": 2.0}))
         for stage in ("solve", "assemble"):
             key = {"quantity": "memory", "stage": stage, "images": n}
             cells.append((key, {"peak_mib": n / 2 if stage == "assemble" else 500.0}))
     measure_to(tmp_path / "results", "scaling", "synthetic", cells)
     text = page_of(tmp_path / "results", tmp_path / "out")
-    assert text.count("**0.000**") == text.count("**1.000**") == 2
+    assert (text.count("**0.000**"), text.count("**1.000**")) == (2, 1)
     assert (tmp_path / "out" / "plots" / "scaling.svg").exists()
 
 
@@ -465,9 +602,9 @@ def test_measured_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
         type(part)(name=part.name, networks=part.networks, threads=1, cells=part.cells, meter=lambda _: Counter()),
     )  # fmt: skip
     arguments = ["--part", "selection", "--network", "lenet", "--budget", "parameters_removed-0.92", "--methods",
-                 "ours,l1", "--results", str(tmp_path)]  # fmt: skip
+                 "l1,ours", "--results", str(tmp_path)]  # fmt: skip
     assert main(arguments) == 130
-    assert seen == ["ours", "l1", "ours"]
+    assert seen == ["ours", "l1", "ours"]  # in the same order, whatever was typed
     seen.append("after the interruption")  # so that the counter does not stop again
     assert main(arguments) == 0
     assert len(seen) == 4 + 5  # eight cells in all, three of them stored before

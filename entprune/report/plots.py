@@ -216,7 +216,12 @@ def _setting_labels(settings: Sequence[PathSetting]) -> list[str]:
     """Only what differs between the settings."""
     contents = [setting.to_dict() for setting in settings]
     differing = [key for key in contents[0] if len({content[key] for content in contents}) > 1] or ["entropy_weight"]
-    return [", ".join(f"{key.replace('_', ' ')} {content[key]:g}" for key in differing) for content in contents]
+    return [", ".join(_differing(key, content[key]) for key in differing) for content in contents]
+
+
+def _differing(key: str, value: float | str) -> str:
+    """A hyperparameter by which curves differ; a method's name speaks for itself."""
+    return value if isinstance(value, str) else f"{key.replace('_', ' ')} {value:g}"
 
 
 def _percent(value: float) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from entprune.errors import ConfigError, EntpruneError
 from infra.benchmark import budgets, epoch, latency, scaling, selection
@@ -48,7 +49,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", default="", help="only this one, as in the file names: parameters_removed-0.92")
     parser.add_argument("--methods", default="", help=f"of the part selection: some of {','.join(METHODS)}")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; by default what the part prescribes")
-    parser.add_argument("--force", action="store_true", help="measure again what exists")
+    parser.add_argument(
+        "--force", action="store_true", help="measure again what exists; files on other inputs begin anew"
+    )
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -110,9 +113,20 @@ def run_part(part: Part, network: str, options: argparse.Namespace) -> None:
     meter: Meter | None = None
     for subject, key in todo:
         meter = meter or part.meter(request)
-        records[subject].require_facts(meter.facts(records[subject]))
-        records[subject].put(key, meter.measure(subject, key), run)
-        progress.step(" ".join([subject.budget, *(str(value) for value in key.values())]))
+        records[subject].require_facts(meter.facts(records[subject]), renew=options.force)
+        values = meter.measure(subject, key)
+        records[subject].put(key, values, run)
+        progress.step(" ".join([subject.budget, *map(str, key.values()), *_headline(part, values)]))
+
+
+def _headline(part: Part, values: Mapping[str, Any]) -> list[str]:
+    return [f"| {name}: {_short(values[name])}" for name in part.headline if name in values]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_short(entry)}" for name, entry in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,14 @@ class Subset:
         return self.images.split.batch(self.images.indices[indices])
 
 
-def prune_within(bench: Bench, points: float) -> PruningResult:
-    """Prune to an accuracy budget; the test images are measured once, at the end."""
+def prune_within(bench: Bench, points: float, *, is_tested: bool = True) -> PruningResult:
+    """Prune to an accuracy budget; the test images are measured once, at the end, or not at all."""
     return prune(
         bench.model,
         Subset(bench.calibration),
         budget=Budget(max_accuracy_drop=points),
         evaluate=Subset(bench.validation),
-        test=Subset(bench.test),
+        test=Subset(bench.test) if is_tested else None,
         config=bench.config,
         model_spec=bench.entry.name,
     )
@@ -83,4 +83,6 @@ def cells(request: Request) -> list[tuple[Subject, Key]]:
     return [(subject, {"max_accuracy_drop": points}) for points in POINTS]
 
 
-PART = Part(name="budgets", networks=tuple(NETWORKS), threads=2, cells=cells, meter=BudgetMeter)
+PART = Part(
+    name="budgets", networks=tuple(NETWORKS), threads=2, cells=cells, meter=BudgetMeter, headline=("timings_seconds",)
+)

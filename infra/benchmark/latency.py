@@ -1,37 +1,43 @@
 """Part `latency`: what a share of the multiply-accumulates buys in milliseconds, at batch 1 and 64.
 
-Widths are those that this project allocates; the time of a forward pass does not depend on the values of the weights,
-so networks are cut without a refit. Dense and pruned passes alternate: a slow spell of the machine meets both.
+Widths are those that this project allocates, from few calibration images; the time of a forward pass does not depend
+on the values of the weights, so networks are cut without a refit. Dense and pruned passes alternate: a slow spell of
+the machine meets both.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from entprune.allocation import Objective, allocate
 from entprune.assembly import slice_network
-from entprune.evaluation import measure_latency
+from entprune.config import Budget
 from entprune.runner import torch_threads
 from entprune.search import allocation_problem, plan_for_widths
 from infra.benchmark.networks import NETWORKS
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
-from infra.benchmark.selection import budget_label, wanted_budgets
+from infra.benchmark.selection import budget_label
 
+BUDGETS = (Budget(parameters_removed=0.8), Budget(macs_removed=0.5))
+CALIBRATION_SAMPLES = 512
 BATCHES = (1, 64)
-_ROUNDS = 5
+PASSES = 15
+_WARM_UP = 3
 
 
 class LatencyMeter:
     """Times dense and pruned networks in turns."""
 
     def __init__(self, request: Request) -> None:
-        self._bench = request.bench()
-        self._budgets = {budget_label(budget): budget for budget in self._bench.entry.budgets()}
+        self._bench = request.bench(CALIBRATION_SAMPLES)
+        self._budgets = {budget_label(budget): budget for budget in BUDGETS}
 
     def facts(self, record: Record) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
         """Hashes of the inputs."""
@@ -50,24 +56,41 @@ class LatencyMeter:
             "macs": {"dense": network.cost.macs(problem.full()), "pruned": network.cost.macs(widths)},
             "latency_ms": {"dense": dense_ms, "pruned": small_ms},
             "widths": list(widths.values()),
+            "passes": PASSES,
             "threads": bench.config.threads,
         }
 
     def _time_in_turns(self, *models: nn.Module) -> list[dict[str, float]]:
-        """Median over rounds of each network's milliseconds, by batch size."""
-        shape = self._bench.data.input_shape
-        with torch_threads(self._bench.config.threads):
-            rounds = [[measure_latency(model, shape, BATCHES) for model in models] for _ in range(_ROUNDS)]
-        return [
-            {str(batch): statistics.median(entry[number][str(batch)] for entry in rounds) for batch in BATCHES}
-            for number in range(len(models))
-        ]
+        """Median milliseconds of each network, by batch size."""
+        found: list[dict[str, float]] = [{} for _ in models]
+        for batch in BATCHES:
+            images = torch.randn(batch, *self._bench.data.input_shape, generator=torch.Generator().manual_seed(0))
+            with torch_threads(self._bench.config.threads):
+                medians = time_in_turns(models, images)
+            for entry, milliseconds in zip(found, medians, strict=True):
+                entry[str(batch)] = milliseconds
+        return found
+
+
+def time_in_turns(models: Sequence[nn.Module], images: Tensor) -> list[float]:
+    """Median milliseconds of one forward pass of each network, their passes alternating after a warm-up."""
+    seconds: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for _ in range(_WARM_UP + PASSES):
+            for entry, model in zip(seconds, models, strict=True):
+                start = time.perf_counter()
+                model(images)
+                entry.append(time.perf_counter() - start)
+    return [1000.0 * statistics.median(entry[_WARM_UP:]) for entry in seconds]
 
 
 def cells(request: Request) -> list[tuple[Subject, Key]]:
-    """One cell for each budget of the comparison."""
+    """One cell for each budget."""
     subject = Subject(part="latency", network=request.network, seed=request.seed)
-    return [(subject, {"budget": budget_label(budget)}) for budget in wanted_budgets(request)]
+    labels = (budget_label(budget) for budget in BUDGETS)
+    return [(subject, {"budget": label}) for label in labels if request.budget in {"", label}]
 
 
-PART = Part(name="latency", networks=tuple(NETWORKS), threads=2, cells=cells, meter=LatencyMeter)
+PART = Part(
+    name="latency", networks=tuple(NETWORKS), threads=2, cells=cells, meter=LatencyMeter, headline=("latency_ms",)
+)

@@ -24,7 +24,7 @@ from entprune.runner import InProcessRunner
 from entprune.search import allocation_problem, plan_for_widths
 from entprune.stages import ImageSet, analyse, calibrate, score_candidate, solve
 
-NETWORK, SHAPE = "resnet20_cifar", (3, 32, 32)
+NETWORK, SHAPE = "lenet", (1, 28, 28)
 
 
 @dataclass(frozen=True, slots=True)

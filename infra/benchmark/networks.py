@@ -112,27 +112,27 @@ class Bench:
         entry: which network.
         model: with its trained weights.
         data: its images.
-        config: settings; its seed draws the splits.
+        config: settings; its seed draws the splits, and numbers of images that it leaves open follow from the network.
         checkpoint_sha256: of the file that the weights came from.
     """
 
     def __init__(
         self, entry: TrainedNetwork, model: nn.Module, data: ImageData, config: PruneConfig, checkpoint_sha256: str
     ) -> None:
-        self.entry, self.model, self.data, self.config = entry, model, data, config
+        self.entry, self.model, self.data = entry, model, data
+        self.network: Network = analyse(model, data.input_shape, config)
+        self.config = config = config.sized_for(self.network.dense_macs())
         self.facts = {"checkpoint_sha256": checkpoint_sha256, "data_sha256": data.sha256}
         self._runner = InProcessRunner(threads=config.threads)
         calibration, validation = split_training(
-            data, calibration=config.calibration_samples, validation=config.validation_samples, seed=config.seed
+            data,
+            calibration=config.calibration_samples or 0,
+            validation=config.validation_samples or 0,
+            seed=config.seed,
         )
         self.calibration = ImageSet(split=data.train, indices=calibration)
         self.validation = ImageSet(split=data.train, indices=validation)
         self.test = ImageSet(split=data.test, indices=np.arange(len(data.test)))
-
-    @cached_property
-    def network(self) -> Network:
-        """The analysed network."""
-        return analyse(self.model, self.data.input_shape, self.config)
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
@@ -152,10 +152,14 @@ class Bench:
             self.network, self.calibration, self.statistics, None, everything, self.config, self._runner
         )
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Percent of the test images classified correctly: the final figure of a cell, never a basis of a choice."""
+    def outcomes(self, model: nn.Module) -> np.ndarray:
+        """(n,) bool: which test images are classified correctly; the end of a cell, never a basis of a choice."""
         logits = predict(model, self.test, self.config, self._runner, stage="test")
-        return 100.0 * float(is_correct(logits, self.test).mean())
+        return is_correct(logits, self.test)
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Percent of the test images classified correctly."""
+        return 100.0 * float(self.outcomes(model).mean())
 
 
 def load_bench(entry: TrainedNetwork, folders: Folders, config: PruneConfig) -> Bench:

@@ -36,13 +36,13 @@ class Request:
     methods: tuple[str, ...] = ()
     budget: str = ""
 
-    def config(self) -> PruneConfig:
-        """Settings of this project: the defaults but for seed and threads."""
-        return PruneConfig(seed=self.seed, threads=self.threads)
+    def config(self, calibration_samples: int | None = None) -> PruneConfig:
+        """Settings of this project: the defaults but for seed, threads and, if asked, the calibration images."""
+        return PruneConfig(seed=self.seed, threads=self.threads, calibration_samples=calibration_samples)
 
-    def bench(self) -> Bench:
-        """The network with its images."""
-        return load_bench(find_network(self.network), self.folders, self.config())
+    def bench(self, calibration_samples: int | None = None) -> Bench:
+        """The network with its images; as many calibration images as the defaults find unless a number is given."""
+        return load_bench(find_network(self.network), self.folders, self.config(calibration_samples))
 
 
 class Meter(Protocol):
@@ -65,6 +65,7 @@ class Part:
         threads: torch threads unless told otherwise.
         cells: subjects and keys of all cells, in the order in which they are measured.
         meter: loads what measuring needs.
+        headline: names of the figures that the progress line repeats.
     """
 
     name: str
@@ -72,3 +73,4 @@ class Part:
     threads: int
     cells: Callable[[Request], Sequence[tuple[Subject, Key]]]
     meter: Callable[[Request], Meter]
+    headline: tuple[str, ...] = ()

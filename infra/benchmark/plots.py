@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from infra.benchmark.tables import COLUMN_NAMES, METHOD_NAMES, Records, collect_cells, curve
+from infra.benchmark.tables import (
+    METHOD_NAMES,
+    VARIANT_NAMES,
+    Records,
+    budgets_of,
+    collect_cells,
+    curve,
+    mean_accuracy,
+)
 
 _STYLE = {
     "svg.hashsalt": "entprune", "svg.fonttype": "none", "font.size": 9.0, "axes.titlesize": 9.5,
@@ -24,8 +32,11 @@ _LINES = {
 }  # fmt: skip
 
 
+_PANELS = (("refit", "allocated"), ("plain", "uniform"))
+
+
 def draw_selection(records: Records, objective: str) -> str | None:
-    """Accuracy over the share removed, a panel for each way of slicing; None where no budget is of this kind.
+    """Accuracy over size, refit at our widths beside plain at uniform ones; None where no budget is of this kind.
 
     Args:
         records: of one network.
@@ -34,31 +45,30 @@ def draw_selection(records: Records, objective: str) -> str | None:
     chosen = [record for record in records if record["budget"].startswith(objective)]
     if not chosen:
         return None
-    cells = collect_cells(chosen)
-    budgets = sorted({record["budget"] for record in chosen})
+    dense = chosen[0]["facts"]["dense"]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10.5, 3.1), layout="constrained")
-        panels = figure.subplots(1, len(COLUMN_NAMES))
-        for axes, (column, title) in zip(panels, COLUMN_NAMES.items(), strict=True):
-            _draw_methods(axes, cells, budgets, column)
-            axes.set_title(title)
-            axes.set_xlabel(f"{'MACs' if objective == 'macs' else 'parameters'} removed, %")
+        figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+        panels = figure.subplots(1, len(_PANELS))
+        for axes, variant in zip(panels, _PANELS, strict=True):
+            _draw_methods(axes, chosen, variant, objective, dense[objective])
+            axes.axhline(dense["accuracy"], color="#57606a", linewidth=0.8, linestyle=":", label="unpruned")
+            axes.set_title(VARIANT_NAMES[variant])
+            axes.set_xlabel(f"{'MACs' if objective == 'macs' else 'parameters'} left, %")
         panels[0].set_ylabel("test accuracy, %")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(METHOD_NAMES))
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
         return _svg(figure)
 
 
-def _draw_methods(
-    axes: Axes, cells: Mapping[tuple[str, str, str, str], list[float]], budgets: Sequence[str], column: tuple[str, str]
-) -> None:
+def _draw_methods(axes: Axes, records: Records, variant: tuple[str, str], objective: str, dense: int) -> None:
+    cells = collect_cells(records)
     for method, name in METHOD_NAMES.items():
+        found = [cells[b, method, *variant] for b in budgets_of(records) if (b, method, *variant) in cells]
+        points = sorted((100.0 * values[0][objective] / dense, mean_accuracy(values)) for values in found)
         colour, dashes, mark = _LINES[method]
-        points = [(100 * float(b.partition("-")[2]), cells[b, method, *column]) for b in budgets
-                  if (b, method, *column) in cells]  # fmt: skip
         axes.plot(
-            [share for share, _ in points], [sum(values) / len(values) for _, values in points],
-            color=colour, linestyle=dashes, marker=mark, markersize=4, label=name.strip("*"),
+            [share for share, _ in points], [accuracy for _, accuracy in points],
+            color=colour, linestyle=dashes, marker=mark, markersize=4, label=name,
         )  # fmt: skip
 
 
@@ -69,8 +79,7 @@ def draw_scaling(records: Records) -> str | None:
         figure = Figure(figsize=(7.5, 3.0), layout="constrained")
         seconds, memory = figure.subplots(1, 2)
         curves = (
-            (seconds, "solve (moments alone)", "solve", "solve_seconds", None, 0),
-            (seconds, "moments", "solve", "moments_seconds", None, 1),
+            (seconds, "solve, one setting", "solve", "solve_seconds", None, 0),
             (memory, "calibrate and solve", "memory", "peak_mib", "solve", 0),
             (memory, "with assembly", "memory", "peak_mib", "assemble", 1),
         )

@@ -71,18 +71,25 @@ class Record:
         """Whether this cell has been measured."""
         return any(cell["key"] == dict(key) for cell in self.content["cells"])
 
-    def require_facts(self, facts: Mapping[str, Any]) -> None:
+    def require_facts(self, facts: Mapping[str, Any], *, renew: bool = False) -> None:
         """Fix what all cells have in common (hashes of the inputs); later runs must agree.
+
+        Args:
+            facts: name to value.
+            renew: forget everything that was measured on other inputs instead of refusing.
 
         Raises:
             ConfigError: the file was measured on other inputs.
         """
         known = self.content["facts"]
+        if renew and any(known.get(name, value) != value for name, value in facts.items()):
+            self.content |= {"facts": dict(facts), "runs": [], "cells": []}
+            return
         for name, value in facts.items():
             if known.setdefault(name, value) != value:
                 raise ConfigError(
                     f"results '{self._path.name}': expected {name} {known[name]}, got {value}; they were measured on "
-                    "other inputs: move the file away or use the same ones."
+                    "other inputs: use the same ones, or begin the file anew with FORCE=1."
                 )
 
     def put(self, key: Mapping[str, Any], values: Mapping[str, Any], run: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from entprune.errors import ConfigError, EntpruneError
 from entprune.storage import atomic_write_text
@@ -71,6 +70,7 @@ def page(results: Path, drawings: Mapping[str, str]) -> str:
     """All sections."""
     lines = ["## Who chooses better, and what the refit adds\n"]
     found = tables.by_network(list(all_records("selection", results)))
+    lines += [f"{tables.LEGEND}\n"] if found else []
     for network, records in found.items():
         lines += tables.selection_section(network, records)
         lines += [f"![{network}](plots/{name})\n" for name in drawings if name.startswith(f"selection-{network}-")]
@@ -94,24 +94,28 @@ def draw(results: Path) -> dict[str, str]:
     return {name: drawing for name, drawing in found.items() if drawing is not None}
 
 
+_SHORT_VARIANTS = (("refit", "allocated"), ("plain", "uniform"))
+
+
 def short_table(results: Path) -> str:
-    """One row per network at the middle budget of its first kind: everyone refit, at our widths and at uniform ones."""
+    """Two rows per network at the middle budget of its first kind: refit at our widths, plain at uniform ones."""
     rows = []
     for network, records in tables.by_network(list(all_records("selection", results))).items():
-        budgets = sorted({record["budget"] for record in records}, key=lambda label: (label[0] != "p", label))
+        budgets = tables.budgets_of(records)
         kind = [label for label in budgets if label.split("-")[0] == budgets[0].split("-")[0]]
         rows += _short_rows(network, records, kind[len(kind) // 2])
-    head = ("network, removed", "cell", *tables.METHOD_NAMES.values())
-    return tables.table(head, rows)
+    head = ("network, removed", "how", *tables.METHOD_NAMES.values())
+    return f"{tables.table(head, rows)}\n\n{tables.SHORT_LEGEND}" if rows else _MISSING
 
 
 def _short_rows(network: str, records: tables.Records, budget: str) -> list[list[str]]:
-    cells: dict[Any, list[float]] = tables.collect_cells(records)
-    title = f"{network}, {tables.budget_name(budget)}"
-    return [
-        [title, name, *(tables.spread(cells.get((budget, method, *column), [])) for method in tables.METHOD_NAMES)]
-        for column, name in tables.COLUMN_NAMES.items()
-    ]
+    cells, count = tables.collect_cells(records), tables.image_count(records)
+    rows = []
+    for variant in _SHORT_VARIANTS:
+        rivals = [cells.get((budget, method, *variant), []) for method in tables.METHOD_NAMES]
+        name = f"{network}, {tables.budget_name(budget)}"
+        rows.append(["" if rows else name, tables.VARIANT_NAMES[variant], *tables.compare(rivals, count)])
+    return rows
 
 
 if __name__ == "__main__":

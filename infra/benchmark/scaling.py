@@ -1,7 +1,8 @@
 """Part `scaling`: what the number of images costs, on synthetic images, so that nothing has to be at hand.
 
-- solve: seconds of one 3x3 layer's group of 512 channels, with moments of more and more images;
-- moments: rate at which such inputs are accumulated, beside the machine's own float32 matrix product;
+- solve: seconds of one setting of one 3x3 layer's group of 512 channels, with moments of more and more images, a few
+  sampled positions of each;
+- moments: rate at which such inputs are accumulated, beside the machine's own float32 product of the same shapes;
 - memory: peak of a process that calibrates and solves, and of one that assembles too.
 
 Axes: n images, t rows, d features.
@@ -13,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
 
 CHANNELS, TAPS, OUTPUTS = 512, 9, 512
-SOLVE_IMAGES = (1000, 2000, 5000, 10_000, 20_000, 50_000)
-MEMORY_IMAGES = (512, 1024, 2048, 4096, 8192)
-_CHUNK = 2048
+POSITIONS = 5  # sampled per image: no fewer rows than features even at the least number of images
+SOLVE_IMAGES = (1000, 4000, 16_000, 50_000)
+MEMORY_IMAGES = (256, 1024, 4096)
+_CHUNK, _CHUNKS = 2048, 4  # as many rows as are summed up in float32 before they are carried over into float64
+_ROUNDS = 3
 _LATENT = 384  # independent directions of the synthetic activations
 
 
@@ -39,11 +42,11 @@ class ScalingMeter:
     """Measures on synthetic inputs."""
 
     def __init__(self, request: Request) -> None:
-        self._config, self._seed = request.config(), request.seed
+        self._config, self._seed, self._stream = request.config(), request.seed, Stream(request.seed)
 
     def facts(self, record: Record) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
         """Sizes of the layer."""
-        return {"channels": CHANNELS, "taps": TAPS, "outputs": OUTPUTS}
+        return {"channels": CHANNELS, "taps": TAPS, "outputs": OUTPUTS, "positions": POSITIONS}
 
     def measure(self, subject: Subject, key: Key) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
         """One quantity at one number of images."""
@@ -55,29 +58,37 @@ class ScalingMeter:
             return self._memory(key["images"], key["stage"])
 
     def _solve(self, images: int) -> dict[str, Any]:
-        """One row per image at least, as many as a calibration samples; solving reads moments alone."""
-        rows = max(images, self._config.min_rows, int(self._config.rows_per_feature * CHANNELS * TAPS))
+        """Solving reads the moments alone, whatever the number of images behind them."""
         start = time.perf_counter()
-        problem = synthetic_problem(rows, self._seed)
+        problem = self._stream.problem(images * POSITIONS)
         prepared = time.perf_counter()
-        for setting in self._config.settings:
-            solve_setting(problem, setting)
+        path = solve_setting(problem, self._config.settings[0])
         seconds = time.perf_counter() - prepared
-        return {"rows": rows, "moments_seconds": prepared - start, "solve_seconds": seconds, **self._threads()}
+        return {
+            "rows": images * POSITIONS,
+            "preparation_seconds": prepared - start,
+            "solve_seconds": seconds,
+            "levels": len(path.snapshots),
+            **self._threads(),
+        }
 
     def _rate(self) -> dict[str, Any]:
-        """Useful operations per second: t d (d + 1) for the symmetric product, 2 d^3 for a square one."""
-        features = CHANNELS * TAPS
-        rows = activations(_CHUNK, np.random.default_rng(self._seed))
-        accumulator, square = MomentAccumulator(features), torch.randn(features, features)
-        passes = [(_timed(lambda: accumulator.update(rows)), _timed(lambda: square @ square)) for _ in range(6)][1:]
-        moments, product = (float(np.median(column)) for column in zip(*passes, strict=True))
-        useful, nominal = _CHUNK * features * (features + 1), 2 * _CHUNK * features**2
+        """Useful operations per second of the accumulation, t d (d + 1), beside a full product's, 2 t d^2.
+
+        The product x^T x is symmetric: one half of it and the diagonal are all that is needed.
+        """
+        features, count = CHANNELS * TAPS, _CHUNK * _CHUNKS
+        rows = activations(_CHUNK, torch.Generator().manual_seed(self._seed))
+        accumulator, product = MomentAccumulator(features), torch.empty(features, features)
+        actions = (lambda: accumulator.update(rows), lambda: torch.mm(rows.T, rows, out=product))
+        rounds = [[_timed(action, _CHUNKS) for action in actions] for _ in range(1 + _ROUNDS)][1:]
+        moments, matmul = (float(np.median(column)) for column in zip(*rounds, strict=True))
+        useful, full = count * features * (features + 1), 2 * count * features**2
         return {
-            "rows": _CHUNK,
+            "rows": count,
             "moments_gflops": useful / moments / 1e9,
-            "moments_gflops_if_full": nominal / moments / 1e9,
-            "matmul_gflops": 2 * features**3 / product / 1e9,
+            "moments_gflops_if_full": full / moments / 1e9,
+            "matmul_gflops": full / matmul / 1e9,
             **self._threads(),
         }
 
@@ -91,28 +102,42 @@ class ScalingMeter:
         return {"threads": self._config.threads}
 
 
-def activations(count: int, generator: np.random.Generator) -> Tensor:
+class Stream:
+    """Moments of the first so many rows of one stream; more rows go on from fewer."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._restart()
+
+    def _restart(self) -> None:
+        self._rows, self._generator = 0, torch.Generator().manual_seed(self._seed)
+        self._accumulator = MomentAccumulator(CHANNELS * TAPS)
+
+    def problem(self, rows: int) -> GroupProblem:
+        """Regression of one group from the moments of the first so many rows."""
+        if rows < self._rows:
+            self._restart()
+        while self._rows < rows:
+            count = min(_CHUNK, rows - self._rows)
+            self._accumulator.update(activations(count, self._generator))
+            self._rows += count
+        weight = np.random.default_rng(1).normal(size=(OUTPUTS, CHANNELS * TAPS)).astype(np.float32)
+        features = np.arange(CHANNELS * TAPS).reshape(CHANNELS, TAPS)
+        return build_problem("group", CHANNELS, {"layer": (self._accumulator.result().covariance(), weight, features)})
+
+
+def activations(count: int, generator: torch.Generator) -> Tensor:
     """(count, d) correlated inputs of a 3x3 layer: rectified mixtures whose neighbouring taps are alike."""
-    mixing = np.random.default_rng(0).normal(size=(_LATENT, CHANNELS)).astype(np.float32) / _LATENT**0.5
-    latent = generator.normal(size=(count, 1, _LATENT)) + 0.7 * generator.normal(size=(count, TAPS, _LATENT))
-    values = np.maximum(latent.astype(np.float32) @ mixing, 0.0)  # (count, taps, channels)
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 2, 1)).reshape(count, -1))
+    mixing = torch.randn(_LATENT, CHANNELS, generator=torch.Generator().manual_seed(0)) / _LATENT**0.5
+    latent = torch.randn(count, TAPS, _LATENT, generator=generator).mul_(0.7)
+    latent += torch.randn(count, 1, _LATENT, generator=generator)
+    return (latent @ mixing).relu_().transpose(1, 2).flatten(1)  # (count, taps, channels) -> (count, channels * taps)
 
 
-def synthetic_problem(rows: int, seed: int) -> GroupProblem:
-    """Regression of one group from the moments of that many rows."""
-    generator = np.random.default_rng(seed)
-    accumulator = MomentAccumulator(CHANNELS * TAPS)
-    for start in range(0, rows, _CHUNK):
-        accumulator.update(activations(min(_CHUNK, rows - start), generator))
-    weight = np.random.default_rng(1).normal(size=(OUTPUTS, CHANNELS * TAPS)).astype(np.float32)
-    features = np.arange(CHANNELS * TAPS).reshape(CHANNELS, TAPS)
-    return build_problem("group", CHANNELS, {"layer": (accumulator.result().covariance(), weight, features)})
-
-
-def _timed(action: Any) -> float:
+def _timed(action: Callable[[], object], repeats: int) -> float:
     start = time.perf_counter()
-    action()
+    for _ in range(repeats):
+        action()
     return time.perf_counter() - start
 
 
@@ -129,4 +154,5 @@ def cells(request: Request) -> list[tuple[Subject, Key]]:
     return [(subject, key) for key in keys]
 
 
-PART = Part(name="scaling", networks=("synthetic",), threads=2, cells=cells, meter=ScalingMeter)
+_HEADLINE = ("solve_seconds", "preparation_seconds", "moments_gflops", "matmul_gflops", "peak_mib")
+PART = Part(name="scaling", networks=("synthetic",), threads=2, cells=cells, meter=ScalingMeter, headline=_HEADLINE)

@@ -81,13 +81,13 @@ def _problems(bench: Bench) -> Iterator[tuple[str, GroupProblem]]:
 
 _MAKERS: dict[str, Callable[[Bench], Kept]] = {
     "ours": _ours,
-    "random": _random,
+    "block_obs": _block_obs,
     "l1": _l1,
     "fpgm": _fpgm,
-    "taylor": _taylor,
     "lasso": _lasso,
-    "block_obs": _block_obs,
-}
+    "taylor": _taylor,
+    "random": _random,
+}  # in the order in which they are measured
 METHODS = tuple(_MAKERS)
 
 
@@ -108,7 +108,11 @@ def select_plan(kept: Kept, full: Mapping[str, int], widths: Mapping[str, int]) 
 
 
 def uniform_widths(problem: AllocationProblem, kept_fraction: float) -> dict[str, int]:
-    """One ratio for all groups, rounded down, the largest whose cost is within the budget.
+    """One ratio for all groups, rounded down, the largest whose cost is within the budget; then the rest is spent.
+
+    Ratios come in steps, and a step of a network whose groups are alike is large. What it leaves of the budget widens
+    groups by one channel at a time: each time the group whose kept ratio is least, ties in the order of the groups,
+    passing over those that no longer fit.
 
     Args:
         problem: least widths, cost and objective; its losses are not looked at.
@@ -117,17 +121,41 @@ def uniform_widths(problem: AllocationProblem, kept_fraction: float) -> dict[str
     Raises:
         ConfigError: even the least widths cost more.
     """
-    full, target = problem.full(), kept_fraction * problem.cost.evaluate(problem.full(), problem.objective)
+    target = kept_fraction * problem.cost.evaluate(problem.full(), problem.objective)
+    return _spend_evenly(problem, _largest_ratio(problem, target), target)
+
+
+def _largest_ratio(problem: AllocationProblem, target: float) -> dict[str, int]:
+    full = problem.full()
 
     def widths(ratio: float) -> dict[str, int]:
         return {name: max(problem.minimum[name], int(ratio * count + 1e-9)) for name, count in full.items()}
 
     ratios = sorted({k / count for count in full.values() for k in range(count + 1)})  # where any width changes
     low, high = 0, len(ratios) - 1
-    if problem.cost.evaluate(widths(ratios[low]), problem.objective) > target:
-        raise ConfigError(f"a kept fraction of {kept_fraction:g} is less than the least widths cost; ask for more.")
+    least = problem.cost.evaluate(widths(ratios[low]), problem.objective)
+    if least > target:
+        raise ConfigError(
+            f"expected a budget of at least the cost of the least widths, {least:,.0f} {problem.objective}, got "
+            f"{target:,.0f}; ask for less to be removed."
+        )
     while low < high:
         middle = (low + high + 1) // 2
         fits = problem.cost.evaluate(widths(ratios[middle]), problem.objective) <= target
         low, high = (middle, high) if fits else (low, middle - 1)
     return widths(ratios[low])
+
+
+def _spend_evenly(problem: AllocationProblem, widths: dict[str, int], target: float) -> dict[str, int]:
+    full = problem.full()
+    growing = [name for name in full if widths[name] < full[name]]
+    while growing:
+        name = min(growing, key=lambda group: widths[group] / full[group])  # the first of several
+        wider = {**widths, name: widths[name] + 1}
+        if problem.cost.evaluate(wider, problem.objective) <= target:
+            widths = wider
+        else:
+            growing.remove(name)  # costs only rise: it will not fit later either
+        if widths[name] == full[name] and name in growing:
+            growing.remove(name)
+    return widths
