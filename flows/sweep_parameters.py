@@ -315,7 +315,10 @@ def _route(values: Mapping[str, Any]) -> PruneParameters:
         listed = PruneConfig.from_dict(
             {"settings": overrides.get("settings", _DEFAULTS.to_dict()["settings"])}
         ).settings
-        changed = dict.fromkeys(replace(entry, **path) for entry in listed)
+        changed = dict.fromkeys(
+            entry if entry.method == "elimination" and "method" not in path else replace(entry, **path)
+            for entry in listed
+        )
         overrides["settings"] = [entry.to_dict() for entry in changed]
     return parse_parameters({**own, "overrides": overrides})
 

@@ -94,9 +94,9 @@ def test_what_settings_share_is_computed_once(first: tuple[dict[str, Any], Recor
     content, recorder = first
     assert len(content["settings"]) == 8
     solve = content["solve"]
-    assert (solve["pairs_asked"], solve["pairs_distinct"], solve["pairs_solved"]) == (24, 12, 12)
+    assert (solve["pairs_asked"], solve["pairs_distinct"], solve["pairs_solved"]) == (48, 18, 18)
     assert solve["calibrations"] == 2
-    assert recorder.units.count("solve") == 12  # three groups, two entropy weights, two calibration sets
+    assert recorder.units.count("solve") == 18  # three groups, two weights and elimination, two calibrations
     assert recorder.finished_stages.count("calibrate") == 2
 
 
@@ -185,7 +185,7 @@ def test_another_setting_pays_for_what_is_new(ground: Ground, first: tuple[dict[
     other, recorder = run(ground.parameters("other", grid=grid))
     assert recorder.units.count("solve") == 3
     assert recorder.units.count("calibrate") == 0
-    assert other["solve"]["pairs_distinct"] == 6
+    assert other["solve"]["pairs_distinct"] == 9
 
 
 # --- before the engine ------------------------------------------------------------------------------------------------

@@ -45,8 +45,15 @@ def test_values_of_continuations_change_all_of_a_settings_continuations() -> Non
     )
     default = PruneConfig().settings
     assert [entry.entropy_weight for entry in threshold] == [entry.entropy_weight for entry in default]
-    assert {entry.drop_threshold for entry in threshold} == {0.2}
-    assert entropy == (PathSetting(entropy_weight=-1.0),)  # equal ones are solved once
+    assert {entry.drop_threshold for entry in threshold if entry.method == "entropy"} == {0.2}
+    elimination = tuple(entry for entry in default if entry.method == "elimination")  # reads none of these values
+    assert entropy == (PathSetting(entropy_weight=-1.0), *elimination)
+    listed = [PathSetting(entropy_weight=weight).to_dict() for weight in (1.0, 3.0)]
+    base = BASE | {"overrides": {"settings": listed}}
+    (only,) = parse_sweep(asked(base=base, grid={"entropy_weight": [-1]})).settings()
+    assert only.parameters.config().settings == (PathSetting(entropy_weight=-1.0),)  # equal ones are solved once
+    (only,) = parse_sweep(asked(grid={"method": ["elimination"]})).settings()
+    assert {entry.method for entry in only.parameters.config().settings} == {"elimination"}
 
 
 def test_swept_budget_takes_the_place_of_the_base_s() -> None:
