@@ -635,5 +635,12 @@ def test_bad_input_is_one_sentence(
 
 
 def test_all_parts_are_reached() -> None:
-    assert {part.name for part, _ in choose("all", "all")} == {"selection", "budgets", "epoch", "scaling", "latency"}
+    assert {part.name for part, _ in choose("all", "all")} == {
+        "selection",
+        "budgets",
+        "epoch",
+        "scaling",
+        "latency",
+        "ablation",
+    }
     assert [network for _, network in choose("scaling", "all")] == ["synthetic"]

@@ -113,7 +113,7 @@ def compare(rivals: Sequence[Values], count: int) -> list[str]:
 def selection_section(network: str, records: Records) -> list[str]:
     """Accuracy of every method at every budget: one table for each way of slicing, methods in rows."""
     cells, budgets = collect_cells(records), budgets_of(records)
-    lines = [f"### {network}\n", _conditions(records)]
+    lines = [f"### {network}\n", conditions_line(records)]
     for variant, title in VARIANT_NAMES.items():
         columns = [
             compare([cells.get((budget, method, *variant), []) for method in METHOD_NAMES], image_count(records))
@@ -136,7 +136,7 @@ def image_count(records: Records) -> int:
     return int(records[0]["facts"]["test_samples"])
 
 
-def _conditions(records: Records) -> str:
+def conditions_line(records: Records) -> str:
     """The unpruned network, images and seeds."""
     facts, seeds = records[0]["facts"], sorted({record["seed"] for record in records})
     dense = facts["dense"]
