@@ -60,7 +60,7 @@ class RefitConfig:
 
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
-    rectified_steps: int = 4
+    rectified_steps: int = 2
     output_temperature: float = 2.0
 
     def __post_init__(self) -> None:

@@ -131,7 +131,7 @@ class PruneConfig:
     keep: tuple[str, ...] = ()
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
-    rectified_steps: int = 4
+    rectified_steps: int = 2
     output_temperature: float = 2.0
     correct_residuals: bool = True
     drop_estimate: DropEstimate = "posterior"
