@@ -521,7 +521,7 @@ def store_selection(folder: Path, seeds: tuple[int, ...]) -> dict[tuple[int, str
 
 def page_of(folder: Path, output: Path) -> str:
     output.mkdir(exist_ok=True)
-    (output / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    (output / "README.md").write_text(f"before\n{BEGIN}\nwhat was there\n{END}\nafter\n", encoding="utf-8")
     write_page(folder, output)
     return (output / "README.md").read_text(encoding="utf-8")
 
@@ -531,7 +531,7 @@ def test_every_stored_accuracy_is_on_the_page(tmp_path: Path) -> None:
     text = page_of(tmp_path / "results", tmp_path / "out")
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "what was there" not in text
     rows = [line.replace("**", "").replace(" ≈", "") for line in text.splitlines() if line.startswith("| ")]
     assert sum("**" in line for line in text.splitlines() if line.startswith("| ")) == len(selection.VARIANTS)
     for accuracy in stored.values():

@@ -75,7 +75,7 @@ def epoch_seconds(bench: Bench, *, amp: bool) -> float:
         stamps.append(time.perf_counter())
 
     config = TrainConfig(epochs=1, learning_rate=1e-3, amp=amp, seed=bench.config.seed)
-    indices = np.arange((WARM_UP + STEPS) * config.batch_size)
+    indices = np.resize(np.arange(len(bench.data.train)), (WARM_UP + STEPS) * config.batch_size)
     with torch_threads(bench.config.threads):
         fit(copy.deepcopy(bench.model), bench.data.train, indices, loss, config, stamp)
     return (stamps[-1] - stamps[WARM_UP - 1]) / STEPS * steps_per_epoch(bench)

@@ -3,7 +3,9 @@
 Two networks are measured on the same images and mostly err on the same ones, so their difference is known better than
 either accuracy. With x_i the difference of the two outcomes (right 1, wrong 0; means over seeds) on image i of n:
 
-    standard error = standard deviation of x / sqrt(n)
+    standard error = sqrt(sum_i x_i^2) / n
+
+which is McNemar's: that of two networks that are equally good.
 
 Axes: n test images, s seeds.
 """
@@ -39,13 +41,13 @@ def paired_error(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[st
         count: n.
 
     Returns:
-        The paired standard error; without stored outcomes the largest that it can be, with no error in common.
+        The paired standard error; without stored outcomes the largest that it can be: with no error in common.
     """
     if all("wrong" in values for values in (*first, *second)):
         difference = _mean_outcomes(first, count) - _mean_outcomes(second, count)
-        return 100.0 * float(difference.std()) / math.sqrt(count)
-    a, b = (1.0 - float(np.mean([values["accuracy"] for values in cell])) / 100.0 for cell in (first, second))
-    return 100.0 * math.sqrt(max(a + b - (a - b) ** 2, 0.0) / count)
+        return 100.0 * math.sqrt(float(np.square(difference).sum())) / count
+    wrong = sum(1.0 - float(np.mean([values["accuracy"] for values in cell])) / 100.0 for cell in (first, second))
+    return 100.0 * math.sqrt(max(wrong, 0.0) / count)
 
 
 def _mean_outcomes(cell: Sequence[Mapping[str, Any]], count: int) -> npt.NDArray[np.float64]:

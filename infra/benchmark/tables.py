@@ -31,9 +31,9 @@ VARIANT_NAMES = {
 LEVEL = " ≈"
 LEGEND = """\
 The best of a column is **bold**; `≈` marks what is level with it: behind by no more than the paired standard error of
-the difference, s / √n, with s the standard deviation over the n test images of the difference of the two outcomes
-(right 1, wrong 0; means over seeds): 0.3 points on 10,000 images where 9 % of them are right in one and wrong in the
-other. Cells without stored outcomes take the largest that it can be, √((a + b - (a - b)²) / n) for error rates a, b."""
+the difference, √(Σ xᵢ²) / n, with xᵢ the difference of the two outcomes (right 1, wrong 0; means over seeds) on image i
+of the n test images: 0.3 points on 10,000 images where 9 % of them are right in one and wrong in the other. Cells
+without stored outcomes take the largest that it can be, √((a + b) / n) for error rates a and b."""
 SHORT_LEGEND = (
     "Accuracy in percent on the test split, no gradient step; the best of a row is **bold**, `≈` marks what is within "
     "one paired standard error of it."
