@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +13,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from entprune import stages
 from entprune.allocation import AllocationProblem, CostModel, LayerCost, build_cost_model
-from entprune.assembly import slice_network
+from entprune.assembly import dense_layers, slice_network
 from entprune.config import PruneConfig
 from entprune.datasets import ImageData
 from entprune.errors import ConfigError
 from entprune.groups import ChannelGroups, find_groups
 from entprune.models import build_model
+from entprune.path import PathSetting
 from entprune.plan import PruningPlan
 from entprune.regression import ConsumerProblem, GroupProblem
+from entprune.residuals import find_residuals
 from entprune.stages import ImageSet
+from entprune.tracing import trace
 from tests.regression_problems import random_problem, refit_error
 
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
 pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
 
-from infra.benchmark import budgets, epoch, latency, memory, scaling, selection
+from infra.benchmark import ablation, budgets, epoch, latency, memory, scaling, selection
 from infra.benchmark.__main__ import choose, main
 from infra.benchmark.block_obs import elimination_order
 from infra.benchmark.importances import fpgm_order, l1_order, taylor_order
@@ -36,7 +41,7 @@ from infra.benchmark.networks import NETWORKS, Bench, Folders, TrainedNetwork
 from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
 from infra.benchmark.parts import Request
 from infra.benchmark.records import Record, Subject, all_records
-from infra.benchmark.render import BEGIN, END, replace_between_markers, short_table, write_page
+from infra.benchmark.render import ABLATION_MARKERS, BEGIN, END, replace_between_markers, short_table, write_page
 from infra.benchmark.selectors import METHODS, Ranking, make_selector, select_plan, uniform_widths
 from infra.benchmark.tables import compare, exponent
 from tests.micro_networks import IMAGE_SHAPE, Chain, random_split, warm_up
@@ -500,6 +505,101 @@ def test_the_best_is_bold_and_what_is_level_is_marked() -> None:
     assert texts == ["91.00", "**95.00**", "94.90 ≈", "-"]
 
 
+# --- the ablation -----------------------------------------------------------------------------------------------------
+
+
+def changed_fields(one: object, other: object) -> dict[str, object]:
+    """Fields of the first dataclass that differ from the second one's."""
+    pairs = ((entry.name, getattr(one, entry.name), getattr(other, entry.name)) for entry in fields(one))
+    return {name: value for name, value, default in pairs if value != default}
+
+
+def test_each_variant_changes_what_its_name_says_and_nothing_else() -> None:
+    defaults = PruneConfig()
+    found = {variant.name: changed_fields(variant.config(defaults), defaults) for variant in ablation.VARIANTS}
+    alone = {
+        name: changed_fields(changes.pop("settings")[0], PathSetting(entropy_weight=1.0))
+        for name, changes in found.items()
+        if len(changes.get("settings", ())) == 1
+    }
+    assert alone == {
+        "entropy -1": {"entropy_weight": -1.0},
+        "entropy 0": {"entropy_weight": 0.0},
+        "entropy +1": {},
+        "entropy +3": {"entropy_weight": 3.0},
+        "elimination alone": {"method": "elimination"},
+        "growth 1.5": {"l2_growth": 1.5},
+        "growth 4": {"l2_growth": 4.0},
+        "drop threshold 0.1": {"drop_threshold": 0.1},
+    }
+    assert {name: changes for name, changes in found.items() if name not in alone} == {
+        "default": {},
+        "loss exponent 0.7": {"loss_exponent": 0.7},
+        "loss exponent 1.4": {"loss_exponent": 1.4},
+        "rectified_steps 0": {"rectified_steps": 0},
+        "output_temperature 0": {"output_temperature": 0.0},
+        "no BatchNorm re-estimation": {"reestimate_batchnorm": False},
+        "no residual correction": {"correct_residuals": False},
+        "no refit at all": {},
+    }
+    assert not any(found[name] for name in alone)
+    assert [variant.name for variant in ablation.VARIANTS if not variant.is_refit] == ["no refit at all"]
+
+
+@pytest.mark.parametrize("network", list(ablation.BUDGETS))
+def test_residuals_are_ablated_where_there_are_some(network: str) -> None:
+    shape = (1, 28, 28) if network == "lenet" else (3, 32, 32)
+    model = build_model(network, num_classes=10, input_shape=shape).eval()
+    has_residuals = bool(find_residuals(trace(model).graph, model, dense_layers(model), ()))
+    names = {variant.name for variant in ablation.variants_for(network)}
+    assert ("no residual correction" in names) == has_residuals
+    assert len(names) == len(ablation.VARIANTS) - (not has_residuals)
+
+
+def test_the_divergence_is_that_of_the_definition() -> None:
+    dense, pruned = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    p, q = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True) for logits in (dense, pruned))
+    assert ablation.divergence(dense, pruned) == pytest.approx(float((p * np.log(p / q)).sum(1).mean()), rel=1e-5)
+    assert ablation.divergence(dense, dense + 3.0) == pytest.approx(0.0, abs=1e-6)
+    pruned[2, 1] = np.nan
+    assert ablation.divergence(dense, pruned) is None
+
+
+def test_every_variant_is_measured_stored_and_on_the_page(
+    request_chain: TinyRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved: list[str] = []
+    solve_group = stages.solve_group
+    monkeypatch.setattr(
+        stages, "solve_group", lambda job, setting: solved.append(setting.label()) or solve_group(job, setting)
+    )
+    meter, subject = ablation.AblationMeter(request_chain), Subject(part="ablation", network="chain", seed=0)
+    record = Record(subject.path(tmp_path / "results"), subject)
+    record.require_facts(meter.facts(record))
+    budget = "parameters_removed-0.5"
+    for variant in ablation.variants_for("resnet18_cifar"):
+        key = {"variant": variant.name, "budget": budget}
+        record.put(key, meter.measure(subject, key), RUN_WITH_VERSIONS)
+    again = Record(subject.path(tmp_path / "results"), subject)
+    assert again.content == record.content
+    values = {cell["key"]["variant"]: cell["values"] for cell in again.content["cells"]}
+    groups = len(request_chain.bench().network.groups.groups)
+    assert len(solved) == (8 + 2) * groups  # eight settings, and both defaults on statistics without residuals
+    assert values["default"]["changes"] == {}
+    assert values["no refit at all"]["plan_sha256"] == values["default"]["plan_sha256"]
+    assert values["no refit at all"]["kl"] > values["default"]["kl"] > 0
+    assert values["output_temperature 0"]["kl"] != values["default"]["kl"]
+    dense = again.content["facts"]["dense"]["parameters"]
+    assert all(entry["parameters"] <= 0.5 * dense for entry in values.values())
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    rows = {line.split(" | ")[1]: line for line in text.splitlines() if line.count(" | ") == 5}
+    for name, entry in values.items():
+        assert f"{1000 * entry['kl']:.2f}" in rows[name]
+        assert f"{entry['accuracy']:.2f}" in rows[name]
+    best = min(values, key=lambda name: values[name]["kl"])
+    assert f"**{1000 * values[best]['kl']:.2f}**" in rows[best]
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
@@ -521,7 +621,8 @@ def store_selection(folder: Path, seeds: tuple[int, ...]) -> dict[tuple[int, str
 
 def page_of(folder: Path, output: Path) -> str:
     output.mkdir(exist_ok=True)
-    (output / "README.md").write_text(f"before\n{BEGIN}\nwhat was there\n{END}\nafter\n", encoding="utf-8")
+    sections = f"{BEGIN}\nwhat was there\n{END}\nbetween\n" + "\nold\n".join(ABLATION_MARKERS)
+    (output / "README.md").write_text(f"before\n{sections}\nafter\n", encoding="utf-8")
     write_page(folder, output)
     return (output / "README.md").read_text(encoding="utf-8")
 
@@ -554,7 +655,7 @@ def test_the_other_parts_have_their_figures_on_the_page(measured: Path, tmp_path
     text = page_of(measured, tmp_path / "out")
     (record,) = all_records("epoch", measured)
     assert f"| {record['cells'][0]['values']['prune_seconds']:.1f} |" in text
-    assert text.count("Not measured yet.") == 2  # selection and scaling
+    assert text.count("Not measured yet.") == 3  # selection, scaling and ablation
     assert (tmp_path / "out" / "plots" / "latency.svg").exists()
 
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from entprune.errors import ConfigError, EntpruneError
 from entprune.storage import atomic_write_text
 from infra.benchmark import plots, tables
+from infra.benchmark.ablation_tables import ablation_page
 from infra.benchmark.records import HERE, RESULTS, all_records
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+ABLATION_MARKERS = ("<!-- ablation:begin -->", "<!-- ablation:end -->")
 _MISSING = "Not measured yet."
 _SECTIONS: tuple[tuple[str, str, Callable[[tables.Records], list[str]]], ...] = (
     ("budgets", "Whole runs by accuracy budget", tables.budgets_section),
@@ -46,24 +48,28 @@ def main() -> int:
 
 
 def write_page(results: Path, output: Path) -> None:
-    """Plots as files, and everything between the markers of README.md."""
+    """Plots as files, and everything between both pairs of markers of README.md."""
     drawings = draw(results)
     for name, drawing in drawings.items():
         atomic_write_text(output / "plots" / name, drawing)
     replace_between_markers(output / "README.md", page(results, drawings))
+    records = list(all_records("ablation", results))
+    text = ablation_page(records) if records else _MISSING
+    replace_between_markers(output / "README.md", text, ABLATION_MARKERS)
 
 
-def replace_between_markers(path: Path, text: str) -> None:
+def replace_between_markers(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Replace what lies between the markers of a file.
 
     Raises:
         ConfigError: the file has no markers.
     """
+    begin, end = markers
     content = path.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise ConfigError(f"'{path.name}': expected the markers {BEGIN} and {END} once each; add them.")
-    head, rest = content.split(BEGIN)
-    atomic_write_text(path, f"{head}{BEGIN}\n{text.strip()}\n{END}{rest.split(END)[1]}")
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise ConfigError(f"'{path.name}': expected the markers {begin} and {end} once each; add them.")
+    head, rest = content.split(begin)
+    atomic_write_text(path, f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end)[1]}")
 
 
 def page(results: Path, drawings: Mapping[str, str]) -> str:
