@@ -85,6 +85,8 @@ def _create(name: str, owner: str) -> bool:
             name + _SUFFIX, tags={_OWNER: owner}, description="A promotion is under way; this vanishes when it is done."
         )
     except exceptions.MlflowException as cause:
+        if cause.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False  # the other one was let go while the server looked for it: try again
         if cause.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         return _is_held_by(_read(name), owner)  # a request whose answer was lost is sent twice
