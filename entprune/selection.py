@@ -26,6 +26,7 @@ from entprune.errors import ConfigError
 
 DropEstimate = Literal["labels", "posterior", "blend"]
 DROP_ESTIMATES: tuple[DropEstimate, ...] = ("labels", "posterior", "blend")
+_LARGEST_DROP = 100.0  # of one image, in points
 NO_CLASS = -1  # of an image whose logits are not finite
 
 
@@ -94,15 +95,24 @@ class StopRule:
     chunk: int = 1024
 
     def bounds(self, drops: np.ndarray) -> tuple[float, float, float]:
-        """Mean of paired drops (n,) in points with its lower and upper confidence bounds."""
-        mean = float(drops.mean())
-        error = float(drops.std(ddof=1)) / len(drops) ** 0.5 if len(drops) > 1 else float("inf")
-        return mean, mean - self.quantile * error, mean + self.quantile * error
+        """Mean of paired drops (n,) in points with its lower and upper confidence bounds.
+
+        Few images differ, so the upper bound is that of a count (the score interval, with jumps J in place of ones):
+        with z the quantile and e the standard error, mean + z^2 J / (2 n) + z sqrt(e^2 + z^2 J^2 / (4 n^2)). Where no
+        image differs at all it is z^2 J / n above zero, not zero.
+        """
+        mean, count, z = float(drops.mean()), len(drops), self.quantile
+        if count < 2:
+            return mean, float("-inf"), float("inf")
+        error = float(drops.std(ddof=1)) / count**0.5
+        size = float(np.abs(drops).sum())
+        jump = float(np.square(drops).sum()) / size if size > 0.0 else _LARGEST_DROP
+        shift = z**2 * jump / (2.0 * count)
+        return mean, mean - z * error, mean + shift + (z**2 * error**2 + shift**2) ** 0.5
 
     def is_decided(self, drops: np.ndarray) -> bool:
         """Whether looking at more images can hardly change the verdict (twice the usual quantile)."""
         if self.max_drop is None or len(drops) < self.chunk:
             return False
-        mean, _, high = self.bounds(drops)
-        margin = 2.0 * (high - mean)
-        return mean - margin > self.max_drop or mean + margin < self.max_drop
+        mean, low, high = self.bounds(drops)
+        return mean - 2.0 * (mean - low) > self.max_drop or mean + 2.0 * (high - mean) < self.max_drop

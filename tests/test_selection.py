@@ -67,13 +67,34 @@ def test_bounds_enclose_the_mean_and_widen_with_the_quantile(values: list[float]
     drops = np.array(values)
     mean, low, high = StopRule(max_drop=1.0, quantile=quantile).bounds(drops)
     assert low <= mean <= high
-    assert high - mean == pytest.approx(quantile * drops.std(ddof=1) / len(drops) ** 0.5)
+    normal = quantile * drops.std(ddof=1) / len(drops) ** 0.5
+    assert mean - low == pytest.approx(normal)
+    assert high - mean >= normal - 1e-9
+
+
+@pytest.mark.parametrize("count", [1024, 4000, 16_000])
+@pytest.mark.parametrize("rate", [0.0002, 0.001, 0.005])
+def test_upper_bound_holds_where_few_images_differ(count: int, rate: float) -> None:
+    """Nineteen times in twenty, even where most samples of that size hold no or one lost image."""
+    rule = StopRule(max_drop=None, quantile=1.645)
+    lost = np.random.default_rng(0).binomial(count, rate, size=400)
+    bounds = {int(k): rule.bounds(np.repeat([100.0, 0.0], [k, count - k]))[2] for k in np.unique(lost)}
+    assert np.mean([bounds[int(k)] >= 100.0 * rate for k in lost]) >= 0.93
 
 
 @pytest.mark.parametrize(
-    ("drop", "max_drop", "decided"), [(0.0, 0.5, True), (100.0, 0.5, True), (0.5, 0.5, False), (0.0, None, False)]
+    ("count", "drop", "max_drop", "decided"),
+    [
+        (1000, 0.0, 0.5, True),
+        (100, 0.0, 0.5, False),  # none lost of few says little
+        (100, 100.0, 0.5, True),
+        (1000, 0.5, 0.5, False),
+        (1000, 0.0, None, False),
+    ],
 )
-def test_scoring_stops_when_the_verdict_is_clear(drop: float, max_drop: float | None, decided: bool) -> None:
-    rule = StopRule(max_drop=max_drop, quantile=1.0, chunk=10)
-    assert rule.is_decided(np.full(10, drop)) is decided
-    assert not rule.is_decided(np.full(9, drop)), "less than a chunk decides nothing"
+def test_scoring_stops_when_the_verdict_is_clear(
+    count: int, drop: float, max_drop: float | None, decided: bool
+) -> None:
+    rule = StopRule(max_drop=max_drop, quantile=1.0, chunk=100)
+    assert rule.is_decided(np.full(count, drop)) is decided
+    assert not rule.is_decided(np.full(99, drop)), "less than a chunk decides nothing"
