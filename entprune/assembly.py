@@ -273,17 +273,17 @@ class _RefitWalk:
         for rows, dense, summand in held or read():
             fit.update(rows, dense - summand)
         weight, bias = fit.solve(prior, ridge)
-        cut = self._cut_offs[name].at(kept) if name in self._cut_offs else None
-        for _ in range(self._config.rectified_steps):
-            if cut is None:
-                break
-            fit.forget_answers()
-            for rows, dense, summand in held or read():
-                present = torch.addmm(bias, rows, weight.T) + summand
-                fit.answer_again(rows, cut.targets(dense, present, _PULL) - summand)
-            weight, bias = fit.solve(prior, ridge)
+        if name in self._cut_offs:
+            cut = self._cut_offs[name].at(kept)
+            for _ in range(self._config.rectified_steps):
+                fit.forget_answers()
+                for rows, dense, summand in held or read():
+                    present = torch.addmm(bias, rows, weight.T) + summand
+                    fit.answer_again(rows, cut.targets(dense, present, _PULL) - summand)
+                weight, bias = fit.solve(prior, ridge)
         if name == self._output_layer and layer.bias is not None:
-            weight, bias = self._fit_probabilities(name, layer, inputs, weight, bias)
+            rows, logits = (torch.cat(part) for part in list(zip(*(held or read()), strict=True))[:2])
+            weight, bias = fit_probabilities(rows, logits, weight, bias, self._config.output_temperature)
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(bias)
@@ -309,14 +309,6 @@ class _RefitWalk:
             if summands is not None:
                 summand = read_outputs(layer, summands[batch], positions) * self._inverse_gain(name, kept)
             yield rows, dense, summand
-
-    def _fit_probabilities(
-        self, name: str, layer: nn.Conv2d | nn.Linear, inputs: list[Tensor], weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The output layer's weights by the dense network's class probabilities."""
-        observed = list(self._observations(name, layer, slice(None), inputs, None))
-        rows, logits = (torch.cat([part[k] for part in observed]) for k in (0, 1))
-        return fit_probabilities(rows, logits, weight, bias, self._config.output_temperature)
 
     def _inverse_gain(self, name: str, kept: np.ndarray | slice) -> Tensor:
         return inverse_gain(self._dense, self._residuals[name][0])[kept].to(self._device)

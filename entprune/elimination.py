@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from entprune.regression import ConsumerProblem, GroupProblem, RowProblem
+from entprune.ridge import cholesky_with_ridge
 from entprune.simplex import closed_form_probability
 
 _SHARE = 32  # at most one in so many of the alive channels leaves at once
@@ -81,8 +82,7 @@ class _Elimination:
     def _invert(self) -> None:
         """Inverse and weights from scratch, which also clears the rounding errors of the updates."""
         gram = self._gram[self._features][:, self._features]
-        gram.diagonal().add_(_RELATIVE_RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-        factor = torch.linalg.cholesky(gram.double() if len(gram) <= 1024 else gram)
+        factor = cholesky_with_ridge(gram.double() if len(gram) <= 1024 else gram, relative_ridge=_RELATIVE_RIDGE)
         self._inverse = torch.cholesky_inverse(factor).float()
         self._weight = torch.cholesky_solve(self._target[self._features].to(factor.dtype), factor).float()  # Q: (d, m)
         self._inverted_at = len(self._features)
@@ -110,13 +110,13 @@ class _Elimination:
         is_kept[kept] = True
         mask = is_kept.repeat_interleave(self._block).to(self._features.device)
         inside, outside = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+        factor, info = torch.linalg.cholesky_ex(self._inverse[outside][:, outside].double())
+        self._features = self._features[inside]
+        if int(info) != 0 or 2 * len(self._features) <= self._inverted_at:
+            self._invert()
+            return
         rows = self._inverse.index_select(0, inside)
         across = rows.index_select(1, outside)  # (d', removed)
-        system = self._inverse[outside][:, outside]
-        factor = torch.linalg.cholesky_ex(system.double()).L
         solved = torch.cholesky_solve(across.T.double(), factor).float().T  # (d', removed)
         self._weight = self._weight[inside] - solved @ self._weight[outside]
         self._inverse = rows.index_select(1, inside).addmm_(solved, across.T, alpha=-1.0)
-        self._features = self._features[inside]
-        if 2 * len(self._features) <= self._inverted_at:
-            self._invert()

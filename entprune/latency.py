@@ -46,7 +46,12 @@ class LatencyBudget:
 
     def allows(self, kept: float) -> bool:
         """Whether a fraction is within the budget and its tolerance."""
-        return kept <= self.limit * (1.0 + LATENCY_TOLERANCE)
+        return is_within(kept, self.limit)
+
+
+def is_within(kept: float, limit: float) -> bool:
+    """Whether a measured fraction of the latency is at most the limit, with the tolerance for noise."""
+    return kept <= limit * (1.0 + LATENCY_TOLERANCE)
 
 
 def latency_budget(

@@ -16,7 +16,7 @@ import numpy as np
 from entprune.allocation import Objective
 from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.errors import ConfigError
-from entprune.latency import LATENCY_TOLERANCE
+from entprune.latency import is_within
 from entprune.plan import PruningPlan
 from entprune.search import least_widths
 from entprune.selection import NO_CLASS, DenseReference, StopRule
@@ -156,8 +156,7 @@ def judge_round(
         if network.cost.evaluate(widths, objective) > (limit + 1e-9) * network.cost.evaluate(full, objective):
             missed.append("parameters_removed" if objective == "parameters" else "macs_removed")
     if budget.latency_removed is not None and latency_kept is not None:
-        allowed = (1.0 - budget.latency_removed) * (1.0 + LATENCY_TOLERANCE)
-        missed += ["latency_removed"] if latency_kept > allowed else []
+        missed += [] if is_within(latency_kept, 1.0 - budget.latency_removed) else ["latency_removed"]
     return RoundRecord(
         number=number,
         plan=plan,

@@ -19,7 +19,7 @@ from entprune.race import Entrant, Finish, race
 from entprune.runner import Work, torch_threads
 from entprune.search import SearchResult
 from entprune.selection import StopRule
-from entprune.stages import CandidateJob, CandidateScore, dense_reference, group_problem, score_candidate, solve_pool
+from entprune.stages import CandidateJob, CandidateScore, group_problem, score_candidate, solve_pool
 from entprune.storage import load_setting_path, save_setting_path
 from tasks.progress import StageClock
 from tasks.stages import (
@@ -28,8 +28,8 @@ from tasks.stages import (
     candidate_job,
     keep_score,
     kept_latency,
-    logits_of,
     recall_score,
+    reference_of,
 )
 from tasks.store import Store
 from tasks.workload import Calibration, Engine, Inputs, Workload, stage_task
@@ -226,8 +226,7 @@ def _entrant(
     config, keys = work.config, work.keys
     shared = f"{calibration_key(work)} {keys.validation} {config.refit()} {config.drop_estimate}"
     if shared not in jobs:
-        dense = logits_of(work, engine, work.network.model, work.validation, keys.validation, step="validate dense")
-        jobs[shared] = candidate_job(work, calibration.statistics, dense_reference(dense, work.validation, config))
+        jobs[shared] = candidate_job(work, calibration.statistics, reference_of(work, engine))
     stop = StopRule(max_drop=work.budget.max_accuracy_drop, quantile=config.quantile)
     job = dataclasses.replace(jobs[shared], stop=stop)
     return Entrant(

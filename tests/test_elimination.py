@@ -95,6 +95,18 @@ def test_a_copied_channel_leaves_before_the_others() -> None:
     assert order[-1] in {2, 6}
 
 
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_channels_without_any_information_of_their_own_are_survived(rank: int) -> None:
+    """Late layers: dead channels, and far fewer directions than features."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(50, rank, generator=generator) @ torch.randn(rank, 240, generator=generator)
+    gram, weight = rows.T @ rows / 50, torch.randn(4, 240, generator=generator)
+    consumer = ConsumerProblem(layer="next", gram=gram.numpy(), weight=weight.numpy(), block=3)
+    order, snapshots = eliminate(GroupProblem(name="g", num_channels=80, consumers=(consumer,)))
+    assert sorted(order) == list(range(80))
+    assert np.isfinite(snapshots).all()
+
+
 def test_a_consumer_kept_in_rows_is_left_to_the_continuation() -> None:
     generator = np.random.default_rng(0)
     factor, weight = (
