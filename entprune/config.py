@@ -13,7 +13,9 @@ from entprune.errors import ConfigError
 from entprune.path import PathSetting
 from entprune.selection import DROP_ESTIMATES, DropEstimate
 
-_CALIBRATION_SAMPLES, _VALIDATION_SAMPLES, _USUAL_MACS = 1536, 4000, 300e6
+_CALIBRATION_SAMPLES, _CALIBRATION_MACS = 1536, 300e6  # of the largest network that gets no more than these
+_VALIDATION_SAMPLES, _VALIDATION_MACS = 4000, 800e6
+_MOST = 4.0  # times as many
 
 BudgetKind = Literal["max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed"]
 _KINDS: tuple[BudgetKind, ...] = ("max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed")
@@ -173,15 +175,20 @@ class PruneConfig:
         """The same with the numbers of images that were left open, by the cost of the dense network.
 
         Small networks get more images, for they cost little and their fully connected layers see one row an image.
+        Candidates are smaller still, and are looked at until their verdict is clear: more images to validate on make
+        the bound of the drop tighter, and so the result smaller.
 
         Args:
             macs: multiply-accumulates of one image.
         """
-        more = min(max(_USUAL_MACS / max(macs, 1), 1.0), 4.0)
+
+        def more(usual: float) -> float:
+            return min(max(usual / max(macs, 1), 1.0), _MOST)
+
         return replace(
             self,
-            calibration_samples=self.calibration_samples or round(_CALIBRATION_SAMPLES * more),
-            validation_samples=self.validation_samples or round(_VALIDATION_SAMPLES * more),
+            calibration_samples=self.calibration_samples or round(_CALIBRATION_SAMPLES * more(_CALIBRATION_MACS)),
+            validation_samples=self.validation_samples or round(_VALIDATION_SAMPLES * more(_VALIDATION_MACS)),
         )
 
     def refit(self) -> RefitConfig:

@@ -382,7 +382,7 @@ def test_latency_that_turns_out_too_long_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("macs", "calibration", "validation"),
-    [(2_293_000, 6144, 16_000), (125_000_000, 3686, 9600), (313_000_000, 1536, 4000), (4_000_000_000, 1536, 4000)],
+    [(2_293_000, 6144, 16_000), (125_000_000, 3686, 16_000), (313_000_000, 1536, 10_224), (4_000_000_000, 1536, 4000)],
 )
 def test_small_networks_are_given_more_images(macs: int, calibration: int, validation: int) -> None:
     sized = PruneConfig().sized_for(macs)
