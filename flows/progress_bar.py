@@ -16,9 +16,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tasks.progress import EstimateLines
+
+_LINE_SECONDS = 30.0  # between two lines about one stage, where there is no terminal
+
 
 class RichReporter:
-    """Shows what a run reports (see `tasks.progress.ProgressReporter`); without a terminal only the finished stages.
+    """Shows what a run reports (see `tasks.progress.ProgressReporter`); without a terminal by lines alone.
 
     Args:
         console: where to draw, standard error by default, so that results alone go to standard output.
@@ -37,6 +41,7 @@ class RichReporter:
         )
         self._task: TaskID | None = None
         self._step = ""
+        self._lines = EstimateLines(self._say, _LINE_SECONDS)
 
     def __enter__(self) -> Self:
         if self._console.is_interactive:
@@ -52,10 +57,16 @@ class RichReporter:
 
     def started(self, stage: str) -> None:
         """Show a stage whose number of units is not known yet."""
-        self._show(stage, None)
+        if self._console.is_interactive:
+            self._show(stage, None)
+        else:
+            self._lines.started(stage)
 
-    def advanced(self, stage: str, step: str, done: int, total: int) -> None:  # noqa: ARG002 -- the protocol's signature
-        """Move the bar; each step of a stage has a bar of its own."""
+    def advanced(self, stage: str, step: str, done: int, total: int) -> None:
+        """Move the bar, each step of a stage has one of its own; without a terminal a line now and then."""
+        if not self._console.is_interactive:
+            self._lines.advanced(stage, step, done, total)
+            return
         if self._task is None or step != self._step:
             self._show(step, total)
         if self._task is not None:
@@ -67,6 +78,9 @@ class RichReporter:
         self._console.print(
             f"[green]✓[/green] {escape(stage):<22}[dim]{seconds:7.1f} s[/dim]  {escape(summary)}".rstrip()
         )
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"[dim]  {escape(text)}[/dim]")
 
     def _show(self, text: str, total: int | None) -> None:
         self._clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -25,13 +25,16 @@ class ProgressReporter(Protocol):
         """A stage is over; the summary says in a few words what came out, or is empty."""
 
 
-class LogReporter:
-    """One line per finished stage, and now and then how far a long one is and how long it will still take."""
+class EstimateLines:
+    """Says now and then how far a long stage is and how long it will still take.
 
-    def __init__(self, logger: logging.Logger | None = None) -> None:
-        self._logger = logger or logging.getLogger("entprune.run")
-        if self._logger.level == logging.NOTSET:
-            self._logger.setLevel(logging.INFO)
+    Args:
+        say: takes one line.
+        seconds: at least so many between two lines.
+    """
+
+    def __init__(self, say: Callable[[str], None], seconds: float) -> None:
+        self._say, self._seconds = say, seconds
         self._step = ""
         self._step_started = self._last_line = 0.0
 
@@ -40,15 +43,25 @@ class LogReporter:
         self._step, self._last_line = "", time.monotonic()
 
     def advanced(self, stage: str, step: str, done: int, total: int) -> None:  # noqa: ARG002 -- the protocol
-        """Log at most every few seconds."""
+        """Say it unless the last line is too recent."""
         now = time.monotonic()
         if step != self._step:
             self._step, self._step_started = step, self._last_line
-        if now - self._last_line < _LINE_SECONDS or done >= total:
+        if now - self._last_line < self._seconds or done >= total:
             return
         left = remaining_seconds(now - self._step_started, done, total)
         self._last_line = now
-        self._logger.info("%s: %d of %d, about %.0f s left", step, done, total, left)
+        self._say(f"{step}: {done} of {total}, about {left:.0f} s left")
+
+
+class LogReporter(EstimateLines):
+    """Log one line per finished stage, and estimates in between."""
+
+    def __init__(self, logger: logging.Logger | None = None) -> None:
+        self._logger = logger or logging.getLogger("entprune.run")
+        if self._logger.level == logging.NOTSET:
+            self._logger.setLevel(logging.INFO)
+        super().__init__(self._logger.info, _LINE_SECONDS)
 
     def finished(self, stage: str, seconds: float, summary: str) -> None:
         """Log the stage."""

@@ -34,6 +34,18 @@ def test_without_a_terminal_there_is_a_line_for_each_finished_stage() -> None:
     assert re.fullmatch(r"✓ search +[0-9.]+ s", lines[1])
 
 
+def test_without_a_terminal_a_long_stage_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 20.0, 40.0, 60.0, 80.0, 100.0])
+    monkeypatch.setattr("tasks.progress.time.monotonic", lambda: next(now))
+    stream = io.StringIO()
+    with RichReporter(Console(file=stream, width=80)) as reporter:
+        reporter.started("fine-tune")
+        for done in (1, 2, 3, 4, 5):
+            reporter.advanced("fine-tune", "fine-tune [a]", done, 5)
+    lines = [line.strip() for line in stream.getvalue().splitlines()]
+    assert lines == ["fine-tune [a]: 2 of 5, about 60 s left", "fine-tune [a]: 4 of 5, about 20 s left"]
+
+
 def test_in_a_terminal_each_step_has_a_bar() -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=80, force_terminal=True, force_interactive=True, color_system=None)
