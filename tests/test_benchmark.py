@@ -22,7 +22,7 @@ from entprune.plan import PruningPlan
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
 pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
 
-from infra.benchmark import ablation, budgets, epoch, latency, memory, scaling, selection
+from infra.benchmark import ablation, budgets, epoch, latency, memory, scaling, selection, sweep_cost
 from infra.benchmark.__main__ import choose, main
 from infra.benchmark.networks import Bench, Folders, TrainedNetwork
 from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
@@ -129,6 +129,7 @@ def measured(request_chain: TinyRequest, tmp_path_factory: pytest.TempPathFactor
         "budgets": (budgets.BudgetMeter(request_chain), {"max_accuracy_drop": 30.0}),
         "epoch": (epoch.EpochMeter(request_chain), {"max_accuracy_drop": 30.0}),
         "latency": (latency.LatencyMeter(request_chain), {"budget": "parameters_removed-0.8"}),
+        "sweep": (sweep_cost.SweepMeter(request_chain), {"settings": "12 entropy weights"}),
     }
     for part, (meter, key) in meters.items():
         values = meter.measure(Subject(part=part, network="chain", seed=0), key)
@@ -151,6 +152,10 @@ def test_parts_measure_what_they_say(measured: Path) -> None:
     values = latencies["cells"][0]["values"]
     assert values["macs"]["pruned"] < values["macs"]["dense"]
     assert values["latency_ms"]["dense"]["64"] > 0
+    (sweep,) = all_records("sweep", measured)
+    values = sweep["cells"][0]["values"]
+    assert values["continuations_per_group"] == 13
+    assert 0 < values["one_setting_seconds"] < values["sweep_seconds"]
 
 
 def test_an_epoch_is_timed_without_its_warm_up(request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +372,8 @@ def test_the_other_parts_have_their_figures_on_the_page(measured: Path, tmp_path
     assert f"| {record['cells'][0]['values']['prune_seconds']:.1f} |" in text
     assert text.count("Not measured yet.") == 3  # selection, scaling and ablation
     assert (tmp_path / "out" / "plots" / "latency.svg").exists()
+    (record,) = all_records("sweep", measured)
+    assert f"| {record['cells'][0]['values']['ratio']:.2f} | 13 |" in text
 
 
 def test_curves_over_images_are_fitted_and_drawn(tmp_path: Path) -> None:
@@ -452,6 +459,7 @@ def test_all_parts_are_reached() -> None:
         "epoch",
         "scaling",
         "latency",
+        "sweep",
         "ablation",
     }
     assert [network for _, network in choose("scaling", "all")] == ["synthetic"]

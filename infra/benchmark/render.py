@@ -27,6 +27,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[tables.Records], list[str]]], ...] = 
     ("epoch", "Pruning time in training epochs", tables.epoch_section),
     ("scaling", "Cost against the number of images", tables.scaling_section),
     ("latency", "Multiply-accumulates and milliseconds", tables.latency_section),
+    ("sweep", "Many settings beside one", tables.sweep_section),
 )
 
 

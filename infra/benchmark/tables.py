@@ -240,6 +240,21 @@ def latency_section(records: Records) -> list[str]:
     return [table(head, rows), "", commits_line(records)]
 
 
+def sweep_section(records: Records) -> list[str]:
+    """What a sweep's solve stage costs."""
+    head = ("network", "12 settings", "one setting, s", "all, s", "all / one", "continuations of a group")
+    rows = []
+    for record in records:
+        for cell in record["cells"]:
+            values = cell["values"]
+            rows.append([
+                record["network"], cell["key"]["settings"], f"{values['one_setting_seconds']:.2f}",
+                f"{values['sweep_seconds']:.2f}", f"{values['ratio']:.2f}", str(values["continuations_per_group"]),
+            ])  # fmt: skip
+    note = "Processor seconds of the solve stage on shared moments; medians of runs in turns.\n"
+    return [note, table(head, rows), "", commits_line(records)]
+
+
 def scaling_section(records: Records) -> list[str]:
     """Exponents and rates."""
     cells = [cell for record in records for cell in record["cells"]]
