@@ -14,7 +14,7 @@ from torch import nn
 
 from entprune.artifact import ModelCard, save_model
 from entprune.assembly import RefitData
-from entprune.calibration import LayerStatistics, Statistics
+from entprune.calibration import LayerStatistics, Statistics, num_bytes
 from entprune.certificate import Certificate
 from entprune.config import Budget, PruneConfig
 from entprune.errors import CertificateError
@@ -33,6 +33,7 @@ from entprune.stages import (
     CandidateJob,
     CandidateScore,
     ImageSet,
+    Part,
     SolveKey,
     answers_only,
     dense_reference,
@@ -92,10 +93,31 @@ def calibrate(work: Workload, engine: Engine, *, needs_moments: bool) -> Calibra
         moments = None if answers is None else store.fetch("moments", moments_key, load_statistics)
         if answers is not None and moments is not None:
             return Calibration({name: _joined(entry, moments.get(name)) for name, entry in answers.items()})
-        statistics = calibrate_network(work.network, work.calibration, work.config, engine.runner)
-        store.keep("moments", moments_key, partial(save_statistics, _moments_only(statistics)))
-        store.keep("answers", answers_key, partial(save_statistics, answers_only(statistics, work.network)))
+        statistics = _calibrate_shards(work, engine, (moments_key, answers_key))
         return Calibration(statistics)
+
+
+def _calibrate_shards(work: Workload, engine: Engine, keys: tuple[str, str]) -> dict[str, LayerStatistics]:
+    """Statistics of all images; those of each shard are stored until the sum is."""
+    store, network, asked = engine.store, work.network, []
+
+    def key(part: Part) -> str:
+        return work.keys.shard(network.refit_layers, network.consumers(), part)
+
+    def recall(part: Part) -> Statistics | None:
+        asked.append(part)
+        return store.fetch("shards", key(part), load_statistics)
+
+    def keep(part: Part, statistics: Statistics) -> None:
+        if store.has_room(work.config.calibration_shards * num_bytes(statistics)):
+            store.keep("shards", key(part), partial(save_statistics, statistics))
+
+    statistics = calibrate_network(network, work.calibration, work.config, engine.runner, known=recall, on_result=keep)
+    store.keep("moments", keys[0], partial(save_statistics, _moments_only(statistics)))
+    store.keep("answers", keys[1], partial(save_statistics, answers_only(statistics, network)))
+    for part in asked:
+        store.discard("shards", key(part))  # after the sum: one thread writes in this order
+    return statistics
 
 
 def _moments_only(statistics: Statistics) -> dict[str, LayerStatistics]:
@@ -243,13 +265,31 @@ def logits_of(
     work: Workload, engine: Engine, model: nn.Module, images: ImageSet, images_key: str, *, step: str
 ) -> np.ndarray:
     """(n, k) logits of a network on some images."""
-    return engine.store.remember(
+    store, key, parts = engine.store, work.keys.logits(model, images_key), set[Part]()
+
+    def load_logits(path: Path) -> np.ndarray:
+        return read_bundle(path)[0]["logits"]
+
+    def save_logits(logits: np.ndarray, path: Path) -> None:
+        write_bundle(path, {"logits": logits}, {"kind": "logits"})
+
+    def recall(part: Part) -> np.ndarray | None:
+        parts.add(part)
+        return store.fetch("ranges", work.keys.logits_range(key, part), load_logits)
+
+    def keep(part: Part, logits: np.ndarray) -> None:
+        store.keep("ranges", work.keys.logits_range(key, part), partial(save_logits, logits))
+
+    logits = store.remember(
         "logits",
-        work.keys.logits(model, images_key),
-        lambda: predict(model, images, work.config, engine.runner, stage=step),
-        load=lambda path: read_bundle(path)[0]["logits"],
-        save=lambda logits, path: write_bundle(path, {"logits": logits}, {"kind": "logits"}),
+        key,
+        lambda: predict(model, images, work.config, engine.runner, stage=step, known=recall, on_result=keep),
+        load=load_logits,
+        save=save_logits,
     )
+    for part in parts:
+        store.discard("ranges", work.keys.logits_range(key, part))  # after the whole: one thread writes in this order
+    return logits
 
 
 # --- certify, measure -------------------------------------------------------------------------------------------------
