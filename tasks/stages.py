@@ -51,9 +51,10 @@ from entprune.storage import (
     save_statistics,
     write_bundle,
 )
-from tasks import registry, tracking
+from tasks import registry
 from tasks.consumer_files import write_consumer_files
 from tasks.progress import StageClock
+from tasks.record import Entry, TrackedRun
 from tasks.store import Store
 from tasks.workload import Calibration, Engine, Inputs, Workload, stage_task
 
@@ -367,35 +368,41 @@ def report(content: Mapping[str, Any], paths: Mapping[str, SparsityPath], direct
 
 
 @stage_task("track")
-def track(run_id: str, content: Mapping[str, Any], paths: Mapping[str, SparsityPath]) -> None:
+def track(run: TrackedRun, content: Mapping[str, Any], paths: Mapping[str, SparsityPath]) -> None:
     """Log the figures of a run, of its candidates, its groups and its hyperparameter settings."""
     figures = {name: content[name] for name in ("dense", "one_shot", "fine_tuned") if content[name] is not None}
     others = {"certificate": content["certificate"], "seconds": content["timings_seconds"]}
-    tracking.log_stage(run_id, {**figures, **others})
+    run.numbers({**figures, **others})
     for number, candidate in enumerate(content["candidates"], start=1):
-        tracking.log_stage(run_id, {"candidate": {k: v for k, v in candidate.items() if k != "widths"}}, step=number)
+        run.numbers({"candidate": {k: v for k, v in candidate.items() if k != "widths"}}, step=number)
     for entry in content.get("rounds", ()):
         figures = {name: value for name, value in entry.items() if name not in {"widths", "budgets_missed"}}
-        tracking.log_stage(run_id, {"round": figures}, step=entry["round"])
-    tracking.log_groups(run_id, content)
-    tracking.log_paths(run_id, paths)
+        run.numbers({"round": figures}, step=entry["round"])
+    run.groups(content)
+    run.paths(paths)
 
 
 @stage_task("register")
 def register(
-    run_id: str,
+    run: TrackedRun,
     model: nn.Module,
-    work: Workload,
+    card: ModelCard,
     name: str,
     *,
-    card: ModelCard,
     tags: Mapping[str, Any],
     description: str,
-) -> int:
-    """Register a version of the network with everything that its users need."""
-    shape, known = work.network.input_shape, card.to_dict()
+    place: str = ".",
+) -> int | None:
+    """Register a version of the network with everything that its users need; returns its number, None if it waits."""
+    return run.register(name, tags, description, partial(register_network, model, card), place=place)
+
+
+def register_network(model: nn.Module, card: ModelCard, run_id: str, entry: Entry) -> int:
+    """Register what an entry of a record describes."""
+    shape, known = card.input_shape, card.to_dict()
     with TemporaryDirectory(prefix="entprune-") as folder:
         files = write_consumer_files(model, shape, known, Path(folder))
         return registry.register(
-            run_id, model, shape, name, tags=tags, card=known, files=files, description=description
-        )
+            run_id, model, shape, entry["name"],
+            tags=entry["tags"], card=known, files=files, description=entry["description"],
+        )  # fmt: skip
