@@ -1,0 +1,54 @@
+"""One Ray cluster, one Prefect server and one undisturbed run for all fault tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tests.faults.engines import Engines
+from tests.faults.ground import WORKERS, Baseline, Ground, lay_ground
+from tests.faults.in_process import undisturbed
+from tests.faults.processes import Server, prefect_server
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return lay_ground(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="session")
+def prefect_address(ground: Ground) -> Iterator[str]:
+    server: Server = prefect_server(ground.folder / "prefect")
+    server.start()
+    yield server.health.removesuffix("/health")
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def engines(ground: Ground) -> Iterator[Engines]:
+    started = Engines(WORKERS)
+    yield started
+    started.close()
+
+
+@pytest.fixture(autouse=True)
+def in_local_files(ground: Ground, prefect_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MLflow's records beside the results, and the shared Prefect server."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{ground.folder / 'mlflow.db'}")
+    with temporary_settings({PREFECT_API_URL: prefect_address}):
+        yield
+
+
+@pytest.fixture(scope="session")
+def baseline(ground: Ground, engines: Engines, prefect_address: str) -> Baseline:
+    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: prefect_address}):
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{ground.folder / 'mlflow.db'}")
+        return undisturbed(ground.parameters("undisturbed"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
