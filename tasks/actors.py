@@ -138,11 +138,12 @@ class _Pool:
             self._failed_starts = 0
             self.idle.append(actor)
 
-    def restart_busy(self) -> None:
-        """Stop what is running and replace the workers that ran it."""
+    def stop_busy(self, *, replace: bool) -> None:
+        """Stop what is running, and replace the workers that ran it if there is more to come."""
         for actor, _ in self.busy.values():
             ray.kill(actor)
-            self.start()
+            if replace:
+                self.start()
         self.busy.clear()
 
     def actors(self) -> list[Any]:
@@ -225,7 +226,7 @@ class RayRunner:
                     done += 1
                     self._count(stage, done, len(work))
         except BaseException as error:
-            self._pool.restart_busy()
+            self._pool.stop_busy(replace=isinstance(error, Exception))  # after Ctrl-C nothing follows
             if isinstance(error, RayError):
                 raise EngineError(f"stage '{stage}': Ray failed ({_reason(error)}); see its logs.") from error
             raise

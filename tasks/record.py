@@ -8,8 +8,10 @@ carry a mark by which they are found, and metrics their time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import platform
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ from tasks.tracked_values import flatten, key, text, texts
 
 RECORD_NAME = "tracking.json"
 MARK = "entprune.record"  # tag of runs and versions
+PLACE = "entprune.output"  # tag of runs that are nobody's child
 
 _PREFIX = "unrecorded-"  # of what stands for a run's id until there is one
 _FORMAT_VERSION = 1
@@ -97,9 +100,10 @@ class Record:
             parent: run that it belongs to.
         """
         token = f"{_PREFIX}{uuid.uuid4().hex}"
-        known = texts(tags) | {MARK: token} | ({} if parent is None else {"mlflow.parentRunId": parent})
+        origin = {PLACE: place_mark(self.folder)} if parent is None else {"mlflow.parentRunId": parent}
+        known = texts(tags) | {MARK: token} | origin
         entry = {"kind": "run", "run": token, "experiment": experiment, "name": name, "tags": known, "run_id": None}
-        self.tell(entry, lambda told: tracking.open_run(told["experiment"], told["name"], told["tags"]))
+        self.tell(entry, _open_run)
         return TrackedRun(self, token, experiment)
 
     def tell(self, entry: Entry, tell: Callable[[Entry], Any]) -> Any:
@@ -172,7 +176,7 @@ class Record:
         kind, run_id = entry["kind"], told["run"]
         if kind == "run":
             earlier = tracking.find_marked_run(entry["experiment"], MARK, entry["run"])
-            return earlier or tracking.open_run(told["experiment"], told["name"], told["tags"])
+            return earlier or _open_run(told)
         if kind == "artifacts":
             self._complete_files()
             return tracking.log_files(run_id, self.folder / entry["place"], entry["names"])
@@ -306,6 +310,18 @@ _TELL: dict[str, Callable[[Entry], Any]] = {
     "metrics": lambda told: tracking.log_numbers(told["run"], told["metrics"], told["time"]),
     "end": lambda told: tracking.close_run(told["run"], told["status"]),
 }
+
+
+def place_mark(folder: Path) -> str:
+    """Stands for an output folder of this machine."""
+    return hashlib.sha256(f"{platform.node()}:{Path(folder).absolute()}".encode()).hexdigest()[:16]
+
+
+def _open_run(told: Entry) -> str:
+    """Start a run; what a killed driver left open for the same folder is closed, for nobody else will."""
+    if PLACE in told["tags"]:
+        tracking.close_abandoned(told["experiment"], PLACE, told["tags"][PLACE])
+    return tracking.open_run(told["experiment"], told["name"], told["tags"])
 
 
 def is_waiting(folder: Path) -> bool:

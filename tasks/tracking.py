@@ -134,6 +134,16 @@ def find_marked_run(experiment: str, tag: str, value: str) -> str | None:
     return str(found[0].info.run_id) if found else None
 
 
+def close_abandoned(experiment: str, tag: str, value: str) -> None:
+    """Mark runs with a tag that are still open, and their children, as killed."""
+    with reported("close abandoned runs"):
+        where, is_open = [_experiment_id(experiment)], "attributes.status = 'RUNNING'"
+        for run in client().search_runs(where, f"tags.`{tag}` = '{value}' and {is_open}"):
+            query = f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and {is_open}"
+            for left in (*client().search_runs(where, query), run):
+                client().set_terminated(left.info.run_id, status="KILLED")
+
+
 def find_marked_version(name: str, tag: str, value: str) -> int | None:
     """Number of the version with a tag, None if there is none."""
     with reported(f"look for versions of model '{name}'"):

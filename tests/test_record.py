@@ -63,6 +63,9 @@ class FakeServer:
 
         return self._call(act)
 
+    def close_abandoned(self, experiment: str, tag: str, value: str) -> None:
+        self._call(lambda: None)
+
     def log_params(self, run_id: str, params: dict[str, str]) -> None:
         self._call(lambda: self.runs[run_id].setdefault("params", {}).update(params))
 
@@ -100,7 +103,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
 
 def install(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("check", "open_run", "log_params", "log_numbers", "log_files", "close_run")
-    for name in (*names, "find_marked_run", "find_marked_version"):
+    for name in (*names, "close_abandoned", "find_marked_run", "find_marked_version"):
         monkeypatch.setattr(tracking, name, getattr(fake, name))
 
 
@@ -141,12 +144,7 @@ def assert_told_once(server: FakeServer, folder: Path) -> None:
     ((run_id, run),) = parents.items()
     assert (run["experiment"], run["name"], run["status"]) == ("exp", "first", "FINISHED")
     assert run["params"] == {"model": "lenet", "config.keep": '["a"]'}
-    assert (
-        {entry[:3] for entry in run["metrics"]}
-        == {("dense.accuracy", 98.5, 2)}
-        == {tuple(entry[:3]) for entry in run["metrics"]}
-    )
-    assert len(run["metrics"]) == 1
+    assert [entry[:3] for entry in run["metrics"]] == [("dense.accuracy", 98.5, 2)]
     assert [child["tags"]["mlflow.parentRunId"] for child in children] == [run_id, run_id]
     assert all(child["status"] == "FINISHED" and len(child["params"]) > 1 for child in children)
     (version,) = server.versions
@@ -194,7 +192,7 @@ def test_unreachable_server_is_one_sentence_and_hears_it_later(
 
 
 def test_server_that_comes_back_in_time_needs_no_command(server: FakeServer, tmp_path: Path) -> None:
-    server.faults = {2: "lost"}
+    server.faults = {3: "lost"}  # the third call: the run is there, its settings are not
     record = Record(tmp_path)
     run = record.open_run("exp", "first", {})
     run.settings({"a": 1})
@@ -207,7 +205,7 @@ def test_server_that_comes_back_in_time_needs_no_command(server: FakeServer, tmp
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
-    during=st.integers(0, 16),
+    during=st.integers(0, 18),
     kind=st.sampled_from(["lost", "unanswered"]),
     later=st.dictionaries(st.integers(1, 25), st.sampled_from(["lost", "unanswered", "dead"]), max_size=4),
 )

@@ -161,6 +161,14 @@ def test_marks_are_found_again(client: MlflowClient, run: TrackedRun) -> None:
     assert tracking.find_marked_version("unknown", MARK, mark) is None
 
 
+def test_run_of_a_killed_driver_is_closed_by_the_next_one(client: MlflowClient, tmp_path: Path) -> None:
+    killed, elsewhere = (Record(tmp_path / name).open_run("lenet", "killed", {}) for name in ("out", "other"))
+    child = killed.open_child("setting", {})
+    following = Record(tmp_path / "out").open_run("lenet", "next", {})
+    states = [client.get_run(run.id).info.status for run in (killed, child, elsewhere, following)]
+    assert states == ["KILLED", "KILLED", "RUNNING", "RUNNING"]
+
+
 def test_groups_are_logged_by_their_number(client: MlflowClient, run: TrackedRun) -> None:
     group = {
         "name": "a",

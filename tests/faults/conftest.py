@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.faults.engines import Engines
-from tests.faults.ground import WORKERS, Baseline, Ground, lay_ground
+from tests.faults.ground import WORKERS, Baseline, Ground, Row, lay_ground, write_table
 from tests.faults.in_process import undisturbed
 from tests.faults.processes import Server, prefect_server
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-table", metavar="FILE", help="JSON file for what came of each kill point")
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +54,12 @@ def baseline(ground: Ground, engines: Engines, prefect_address: str) -> Baseline
         return undisturbed(ground.parameters("undisturbed"))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path
+@pytest.fixture(scope="session")
+def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
+    """Rows of all kill points; written where `--fault-table` says."""
+    rows: list[Row] = []
+    begin = time.monotonic()
+    yield rows
+    path = request.config.getoption("--fault-table", default=None)
+    if path is not None:
+        write_table(Path(path), rows, time.monotonic() - begin)

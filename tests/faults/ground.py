@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from entprune import PruningPlan
 from entprune.checkpoints import save_state
 from entprune.datasets import load_data
 from entprune.models import build_model
+from entprune.storage import atomic_write_text
 from entprune.training import TrainConfig, train
 from flows.parameters import PruneParameters
 
@@ -148,6 +152,22 @@ class Row:
     in_flight: int
     redone: int
     seconds: float
+
+
+def write_table(path: Path, rows: list[Row], seconds: float) -> None:
+    """All rows with what they were made with."""
+    content = {
+        "command": "make faults",
+        "workers": WORKERS,
+        "bound_in_flight": WORKERS + BEING_STORED,
+        "versions": {name: version(name) for name in ("torch", "ray", "prefect", "mlflow")},
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "seconds": round(seconds),
+        "rows": [asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def plan_of(report: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ def undisturbed(parameters: PruneParameters) -> Baseline:
 
 
 def disturbed(
-    parameters: PruneParameters, baseline: Baseline, kills: Mapping[int, Kill], *, at_stake: int
+    parameters: PruneParameters, baseline: Baseline, kills: Mapping[int, Kill], *, at_stake: int, down: str = ""
 ) -> tuple[list[Row], Events]:
     """Run while things are killed.
 
@@ -53,6 +53,7 @@ def disturbed(
         baseline: the same run undisturbed.
         kills: by the number of units handed out.
         at_stake: units that one kill can cost at most.
+        down: what was not there from the start, if that is all.
 
     Returns:
         A row for each kill; the units that were redone are known of all kills together, and given with the last.
@@ -61,8 +62,8 @@ def disturbed(
     events.on_event = plan
     begin = time.monotonic()
     end, events, is_same, redone = _run(parameters, baseline, events)
-    if not kills:
-        plan.done[0] = ("down before the start", begin)
+    if down:
+        plan.done[0] = (f"{down}, down from the start", begin)
     rows = [
         Row(
             point=f"unit {count} of {baseline.units}",

@@ -44,13 +44,21 @@ def assert_nothing_lost(rows: list[Row], count: int, lines: list[str]) -> None:
     assert sum("done again" in line for line in lines) == sum(row.redone for row in rows), lines
 
 
-def test_killed_actors_cost_a_unit_each(engines: Engines, ground: Ground, baseline: Baseline) -> None:
-    kills = draw_actor_kills(engines, baseline.units, 9, seed=0)
-    rows, events = disturbed(ground.parameters("actors"), baseline, kills, at_stake=1)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
+def test_killed_actors_cost_a_unit_each(
+    engines: Engines, ground: Ground, baseline: Baseline, table: list[Row], seed: int
+) -> None:
+    kills = draw_actor_kills(engines, baseline.units, 9, seed)
+    rows, events = disturbed(ground.parameters(f"actors {seed}"), baseline, kills, at_stake=1)
+    table += rows
     assert_nothing_lost(rows, 9, events.lines)
 
 
-def test_lost_nodes_cost_the_units_on_them(engines: Engines, ground: Ground, baseline: Baseline) -> None:
-    kills = draw_node_kills(engines, baseline.units, 3, seed=1)
-    rows, events = disturbed(ground.parameters("nodes"), baseline, kills, at_stake=1)
-    assert_nothing_lost(rows, 3, events.lines)
+@pytest.mark.parametrize(("seed", "count"), [(0, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
+def test_lost_nodes_cost_the_units_on_them(
+    engines: Engines, ground: Ground, baseline: Baseline, table: list[Row], seed: int, count: int
+) -> None:
+    kills = draw_node_kills(engines, baseline.units, count, seed)
+    rows, events = disturbed(ground.parameters(f"nodes {seed}"), baseline, kills, at_stake=1)
+    table += rows
+    assert_nothing_lost(rows, count, events.lines)

@@ -50,24 +50,27 @@ def assert_recorded_once(folder: Path, name: str) -> None:
 
 
 def test_run_without_mlflow_is_recorded_later(
-    engines: Engines, ground: Ground, baseline: Baseline, tracker: Server
+    engines: Engines, ground: Ground, baseline: Baseline, tracker: Server, table: list[Row]
 ) -> None:
-    """Down at the start, killed at a seeded unit, and killed while the results are told."""
+    """Killed at a seeded unit, killed while the results are told, and down at the start."""
     generator = random.Random(2)
     tracker.start()
     parameters = ground.parameters("mlflow", register="killed-at-a-unit")
     kills = {generator.randrange(2, baseline.units): partial(killed, tracker, "MLflow server")}
     rows, events = disturbed(parameters, baseline, kills, at_stake=0)
+    table += rows
     check_mlflow(rows, events.lines, parameters.output)
 
     tracker.start()
     assert_recorded_once(parameters.output, "killed-at-a-unit")
     again = ground.parameters("mlflow", register="killed-while-told", output=ground.folder / "mlflow" / "told")
     rows, events = killed_while_telling(again, baseline, tracker.kill, generator.randrange(4, 14))
+    table += rows
     check_mlflow(rows, events.lines, again.output)
 
     down = ground.parameters("mlflow", register="down-at-the-start", output=ground.folder / "mlflow" / "down")
-    rows, events = disturbed(down, baseline, {}, at_stake=0)
+    rows, events = disturbed(down, baseline, {}, at_stake=0, down="MLflow server")
+    table += rows
     check_mlflow(rows, events.lines, down.output)
     tracker.start()
     assert_recorded_once(again.output, "killed-while-told")
@@ -79,27 +82,49 @@ def killed(server: Server, name: str) -> str:
     return f"{name}, SIGKILL"
 
 
+@pytest.mark.slow
+def test_each_entry_may_be_the_last_that_mlflow_hears(
+    engines: Engines, ground: Ground, baseline: Baseline, tracker: Server, table: list[Row]
+) -> None:
+    generator = random.Random(4)
+    for entry in sorted(generator.sample(range(24), 8)):
+        tracker.start()
+        name = f"entry-{entry}"
+        parameters = ground.parameters("mlflow entries", register=name, output=ground.folder / "entries" / name)
+        rows, events = killed_while_telling(parameters, baseline, tracker.kill, entry)
+        table += rows
+        check_mlflow(rows, events.lines, parameters.output)
+        tracker.start()
+        assert_recorded_once(parameters.output, name)
+        tracker.kill()
+
+
 def check_mlflow(rows: list[Row], lines: list[str], output: Path) -> None:
     assert all(row.same_plan and row.redone == 0 for row in rows), rows
     assert len([line for line in lines if f"entprune log {output}" in line]) == 1, lines
     assert len(lines) == 1, lines
 
 
-@pytest.mark.parametrize("moment", ["start", "unit"])
+SEEDS = [None, 0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_run_goes_on_without_prefects_server(
-    engines: Engines, ground: Ground, baseline: Baseline, tmp_path: Path, moment: str
+    engines: Engines, ground: Ground, baseline: Baseline, tmp_path: Path, table: list[Row], seed: int | None
 ) -> None:
+    """Down at the start (None), or killed at a seeded unit."""
     server = prefect_server(tmp_path / "prefect")
     kills: dict[int, Any] = {}
-    if moment == "unit":
+    if seed is not None:
         server.start()
-        kills = {random.Random(3).randrange(2, baseline.units): partial(killed, server, "Prefect server")}
-    parameters = ground.parameters(f"prefect {moment}")
+        kills = {random.Random(seed).randrange(2, baseline.units): partial(killed, server, "Prefect server")}
+    parameters = ground.parameters(f"prefect {seed}")
     try:
         with temporary_settings({PREFECT_API_URL: server.health.removesuffix("/health")}):
-            rows, events = disturbed(parameters, baseline, kills, at_stake=0)
+            rows, events = disturbed(parameters, baseline, kills, at_stake=0, down="Prefect server")
     finally:
         server.kill()
+    table += rows
     assert all(row.same_plan and row.redone == 0 for row in rows), rows
     (sentence,) = events.lines
     assert "Prefect's server" in sentence
