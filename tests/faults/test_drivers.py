@@ -13,7 +13,7 @@ from tests.faults.processes import worker_pids
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-COUNT = 7
+COUNT = 6
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
@@ -29,7 +29,7 @@ def test_killed_drivers_cost_what_was_in_flight(
     relay = Relay(
         start_factory(),
         ground.parameters(f"drivers {seed}", ray_address=engines.address),
-        {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}", "PREFECT_API_URL": prefect_address},
+        {"MLFLOW_TRACKING_URI": f"sqlite:///{ground.folder / 'mlflow.db'}", "PREFECT_API_URL": prefect_address},
         tmp_path,
         is_free=lambda: not worker_pids(engines.session),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.recording import record_again
 from tasks.record import MARK, Record
@@ -120,7 +120,8 @@ def test_run_goes_on_without_prefects_server(
         kills = {random.Random(seed).randrange(2, baseline.units): partial(killed, server, "Prefect server")}
     parameters = ground.parameters(f"prefect {seed}")
     try:
-        with temporary_settings({PREFECT_API_URL: server.health.removesuffix("/health")}):
+        address = server.health.removesuffix("/health")
+        with temporary_settings({PREFECT_API_URL: address, PREFECT_CLIENT_MAX_RETRIES: 1}):
             rows, events = disturbed(parameters, baseline, kills, at_stake=0, down="Prefect server")
     finally:
         server.kill()
