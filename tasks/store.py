@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Self, TypeVar
@@ -19,6 +21,7 @@ T = TypeVar("T")
 
 _MAX_WAITING = 2  # results that are not stored yet
 _SHARE_OF_DISK = 0.1
+_TORN_SECONDS = 24 * 3600
 
 
 class Store:
@@ -36,6 +39,7 @@ class Store:
         self.reused: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
+        self._clear_torn()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,6 +112,13 @@ class Store:
         value = compute()
         self.keep(stage, key, lambda path: save(value, path))
         return value
+
+    def _clear_torn(self) -> None:
+        """Delete what killed processes left half written, once nobody can be writing it any more."""
+        for torn in self._directory.glob("*/.*.partial"):
+            with suppress(OSError):  # another process may do the same
+                if time.time() - torn.stat().st_mtime > _TORN_SECONDS:
+                    torn.unlink()
 
     def _delete(self, path: Path) -> None:
         try:

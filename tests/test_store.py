@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -126,6 +127,16 @@ def test_no_more_than_two_results_wait_for_the_disk(tmp_path: Path) -> None:
         release.set()
         keeper.join(30)
         assert kept == [0, 1, 2]
+
+
+def test_what_killed_processes_left_is_cleared_after_a_day(tmp_path: Path) -> None:
+    torn = [tmp_path / "paths" / f".{name}.safetensors.ab.partial" for name in ("old", "new")]
+    torn[0].parent.mkdir()
+    for path in torn:
+        path.touch()
+    os.utime(torn[0], (0, 0))
+    with Store(tmp_path):
+        assert [path.exists() for path in torn] == [False, True]
 
 
 def test_room_is_a_tenth_of_the_free_disk(tmp_path: Path) -> None:

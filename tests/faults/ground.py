@@ -24,7 +24,7 @@ from entprune.training import TrainConfig, train
 from flows.parameters import PruneParameters
 
 WORKERS = 2
-BEING_STORED = 3  # results that a process may hold: two that are being written, and one that waits for them
+BEING_STORED = 4  # results that a process may hold: two that wait for the disk, and two that have just come in
 UNIT_STAGES = frozenset({"shards", "paths", "candidates", "ranges"})  # one stored result for each unit
 
 
