@@ -2,6 +2,7 @@
 # make test    run the test suite
 # make check   lint, format, types, layers: what CI runs before the tests
 # make conformance   check every torchvision classification CNN (about half an hour), ONLY=resnet* for some of them
+# make faults        kill actors, nodes, drivers and servers at many seeded moments (about 15 minutes) and write infra/faults
 # make benchmark     measure this project beside others: PART=selection NETWORK=lenet SEED=0 DATA=data CHECKPOINTS=checkpoints
 #                    (infra/benchmark/README.md says what each part is); make benchmark-page makes tables and plots of it
 # make clean   remove caches, builds and the demo's results; .venv stays
@@ -44,7 +45,7 @@ define install
 	fi
 endef
 
-.PHONY: demo test check conformance benchmark benchmark-page clean
+.PHONY: demo test check conformance faults benchmark benchmark-page clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -66,6 +67,10 @@ check: $(VENV)/.dev
 
 conformance: $(VENV)/.dev
 	$(BIN)/python -m tests.conformance --only "$(ONLY)" --output runs/conformance.json
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/faults -m "slow or not slow" --fault-table infra/faults/faults.json
+	$(BIN)/python infra/faults/render.py
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python -m infra.benchmark --part "$(PART)" --network "$(NETWORK)" --seed "$(SEED)" --budget "$(BUDGET)" \

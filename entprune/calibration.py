@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from entprune.errors import DataError
-from entprune.evaluation import ImageSplit
+from entprune.evaluation import ImageSplit, chunks
 from entprune.moments import (
     InputMoments,
     MomentAccumulator,
     RowAccumulator,
+    RowMoments,
     count_positions,
     draw_positions,
     feature_count,
@@ -39,6 +41,8 @@ class SamplingPlan:
     Attributes:
         num_images: calibration images in all shards together.
         batch_size: images per forward pass; shards start at multiples of it, so that results do not depend on sharding.
+        chunk: least images per forward pass where a batch is too many for the memory. Rows are drawn and summed by
+            whole batches all the same, so the result is that of whole batches (:func:`entprune.evaluation.chunks`).
         min_rows: least rows wanted per layer over all images.
         rows_per_feature: rows wanted per input feature.
         seed: of the random positions.
@@ -49,6 +53,7 @@ class SamplingPlan:
     min_rows: int = 10_000
     rows_per_feature: float = 2.0
     seed: int = 0
+    chunk: int | None = None
 
     def per_image(self, layer: nn.Module) -> int:
         """Random output positions per image for one layer."""
@@ -113,16 +118,22 @@ def collect_statistics(
     run = model if residuals is None or not residuals.layers else _SummandRun(model, residuals, collector).run
     with torch.inference_mode(), collector:
         for start in range(0, len(indices), sampling.batch_size):
-            collector.batch = (first_image + start) // sampling.batch_size
-            output = run(split.batch(indices[start : start + sampling.batch_size]).to(device))
-            if not bool(torch.isfinite(output).all()):
-                raise DataError(
-                    "expected finite network outputs on the calibration images, got NaN or infinity; "
-                    "check data and weights."
-                )
+            batch = indices[start : start + sampling.batch_size]
+            collector.begin((first_image + start) // sampling.batch_size, len(batch))
+            for part in chunks(batch, sampling.batch_size, sampling.chunk):
+                collector.expect(len(part))
+                _check_outputs(run(split.batch(part).to(device)))
+            collector.finish()
             if progress is not None:
                 progress(min(start + sampling.batch_size, len(indices)), len(indices))
         return collector.result()
+
+
+def _check_outputs(output: Tensor) -> None:
+    if not bool(torch.isfinite(output).all()):
+        raise DataError(
+            "expected finite network outputs on the calibration images, got NaN or infinity; check data and weights."
+        )
 
 
 def merge_statistics(shards: Sequence[Statistics]) -> dict[str, LayerStatistics]:
@@ -136,6 +147,17 @@ def merge_statistics(shards: Sequence[Statistics]) -> dict[str, LayerStatistics]
         outputs = np.concatenate([shard[layer].outputs for shard in shards])
         merged[layer] = LayerStatistics(moments=moments, outputs=outputs)
     return merged
+
+
+def num_bytes(statistics: Statistics) -> int:
+    """Memory that some layers' statistics take."""
+    total = 0
+    for entry in statistics.values():
+        moments = entry.moments
+        total += entry.outputs.nbytes
+        if moments is not None:
+            total += moments.rows.nbytes if isinstance(moments, RowMoments) else moments.scatter.nbytes
+    return total
 
 
 class ShardSum:
@@ -189,19 +211,31 @@ def _along_channels(layer: nn.Module, values: Tensor) -> Tensor:
     return values.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else values
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class _Collector:
-    """Hooks that sample rows of every wanted layer while the network runs."""
+    """Hooks that sample rows of every wanted layer while the network runs, and take them in batch by batch.
+
+    A batch may come in parts. Rows are drawn for the whole batch and added up once it is complete, so that parts do not
+    show in the result.
+    """
 
     def __init__(
         self, model: nn.Module, consumers: Sequence[str], others: Sequence[str], sampling: SamplingPlan, device: str
     ) -> None:
-        self.batch = 0
         self._sampling = sampling
         self._layers = {name: model.get_submodule(name) for name in (*consumers, *others)}
         self._consumers, self._device = frozenset(consumers), device
         self._accumulators: dict[str, MomentAccumulator | RowAccumulator] = {}  # made when the positions are known
         self._outputs: dict[str, list[Tensor]] = {name: [] for name in self._layers}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._batch = self._num_images = 0  # number of the batch, and its images
+        self._first = self._part = 0  # image of the batch with which the present part begins, and images in it
+        self._calls: Counter[str] = Counter()  # of each layer for the present part
+        self._rows: dict[tuple[str, int], list[Tensor]] = {}  # per layer and call, of the parts so far
+        self._answers: dict[tuple[str, int], list[Tensor]] = {}
         self.summand: Tensor | None = None  # of the layer that runs next, in its own units, (n, m, h, w) or (n, ..., m)
 
     def __enter__(self) -> Self:
@@ -218,18 +252,41 @@ class _Collector:
 
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             num_positions = count_positions(layer, inputs[0])
+            share = len(output) / self._part  # 1, unless the network folds other axes into the first
             positions = draw_positions(
-                len(output), num_positions,
-                per_image=per_image, seed=self._sampling.seed, name=name, batch=self.batch,
+                round(share * self._num_images), num_positions,
+                per_image=per_image, seed=self._sampling.seed, name=name, batch=self._batch,
             )  # fmt: skip
+            if positions is not None:
+                first = round(share * self._first)
+                positions = positions[first : first + len(output)]
             answers = read_outputs(layer, output, positions)
             if self.summand is not None:
                 answers, self.summand = answers + read_outputs(layer, self.summand, positions), None
-            self._outputs[name].append(answers.cpu().clone())
+            call = (name, self._calls[name])
+            self._calls[name] += 1
+            self._answers.setdefault(call, []).append(answers.cpu().clone())
             if name in self._consumers:
-                self._accumulator(name, num_positions).update(read_rows(layer, inputs[0], positions))
+                self._accumulator(name, num_positions)
+                self._rows.setdefault(call, []).append(read_rows(layer, inputs[0], positions))
+                if self._first + self._part == self._num_images:  # now: a batch's rows are held no longer than needed
+                    self._accumulators[name].update(_joined(self._rows.pop(call)))
 
         return hook
+
+    def begin(self, batch: int, num_images: int) -> None:
+        """A batch of that number and size follows."""
+        self._batch, self._num_images, self._first, self._part = batch, num_images, 0, 0
+
+    def expect(self, num_images: int) -> None:
+        """A part of it of that size follows."""
+        self._first, self._part = self._first + self._part, num_images
+        self._calls.clear()
+
+    def finish(self) -> None:
+        """All of it has run."""
+        for call in sorted(self._answers, key=lambda call: call[1]):
+            self._outputs[call[0]].append(_joined(self._answers.pop(call)))
 
     def _accumulator(self, name: str, num_positions: int) -> MomentAccumulator | RowAccumulator:
         """Its form depends on the layer, the images' size and the sampling plan alone: every shard has the same."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
@@ -33,6 +33,14 @@ class Work:
     shared: Any
     item: Any
     cost: float = 1.0
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A shared value whose units can do with less memory."""
+
+    def in_chunks(self, images: int) -> Self:
+        """The same work with about that many images in memory at once, and the same result."""
 
 
 class Runner(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,7 @@ from entprune.calibration import (
 from entprune.certificate import confirm_groups
 from entprune.config import PruneConfig
 from entprune.errors import DataError, ModelError
-from entprune.evaluation import ImageSplit, predict_classes, predict_logits
+from entprune.evaluation import ImageSplit, chunks, predict_classes, predict_logits
 from entprune.groups import ChannelGroup, ChannelGroups, find_groups
 from entprune.moments import RowMoments
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
@@ -43,6 +43,8 @@ from entprune.shared_steps import SharedSteps
 from entprune.tracing import trace
 
 _EVALUATION_BATCH = 64
+
+Part = tuple[int, int]  # first image, and the one after the last
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -148,21 +150,67 @@ class CalibrationJob:
     sampling: SamplingPlan
     device: str
 
+    def in_chunks(self, images: int) -> CalibrationJob:
+        """The same in smaller forward passes."""
+        return replace(self, sampling=replace(self.sampling, chunk=images))
 
-def calibrate(network: Network, images: ImageSet, config: PruneConfig, runner: Runner) -> dict[str, LayerStatistics]:
-    """Run the calibration images through the dense network, shard by shard, and sum the moments in shard order."""
+
+def calibrate(
+    network: Network,
+    images: ImageSet,
+    config: PruneConfig,
+    runner: Runner,
+    *,
+    known: Callable[[Part], Statistics | None] = lambda _: None,
+    on_result: Callable[[Part, Statistics], None] | None = None,
+) -> dict[str, LayerStatistics]:
+    """Run the calibration images through the dense network, shard by shard, and sum the moments in shard order.
+
+    Args:
+        known: statistics of a shard from an earlier run on the same inputs.
+        on_result: called with each new shard's as they come in.
+    """
     sampling = sampling_plan(config, len(images))
     job = runner.share(CalibrationJob(network=network, images=images, sampling=sampling, device=config.device))
-    work = [Work(shared=job, item=shard) for shard in shards(len(images), config.calibration_shards, config.batch_size)]
     total = ShardSum()
+    parts = shards(len(images), config.calibration_shards, config.batch_size)
     try:
-        runner.run(calibrate_shard, work, stage="calibrate", on_result=total.add, keep=False)
+        _run_parts(calibrate_shard, job, parts, runner, "calibrate", known, on_result, total.add)
     finally:
         runner.release(job)
     return total.total()
 
 
-def shards(count: int, parts: int, batch_size: int) -> list[tuple[int, int]]:
+def _run_parts(
+    unit: Callable[[Any, Part], Any],
+    job: Any,
+    parts: Sequence[Part],
+    runner: Runner,
+    stage: str,
+    known: Callable[[Part], Any | None],
+    on_result: Callable[[Part, Any], None] | None,
+    collect: Callable[[int, Any], None],
+) -> None:
+    """Run the parts that are not known; `collect` gets the number and result of all of them."""
+    missing: list[int] = []
+    for number, part in enumerate(parts):
+        earlier = known(part)
+        if earlier is None:
+            missing.append(number)
+        else:
+            collect(number, earlier)
+
+    def arrived(index: int, result: Any) -> None:
+        if on_result is not None:
+            on_result(parts[missing[index]], result)
+        collect(missing[index], result)
+
+    if missing:
+        work = [Work(shared=job, item=parts[number]) for number in missing]
+        runner.run(unit, work, stage=stage, on_result=arrived, keep=False)
+
+
+def shards(count: int, parts: int, batch_size: int) -> list[Part]:
     """Split `count` images into at most `parts` ranges that start at batch boundaries."""
     batches = -(-count // batch_size)
     edges = sorted({batches * part // parts * batch_size for part in range(parts)} | {count})
@@ -319,23 +367,48 @@ class PredictJob:
     model: nn.Module
     images: ImageSet
     device: str
+    chunk: int = _EVALUATION_BATCH
+
+    def in_chunks(self, images: int) -> PredictJob:
+        """The same in smaller forward passes."""
+        return replace(self, chunk=images)
 
 
-def logits_range(job: PredictJob, part: tuple[int, int]) -> np.ndarray:
+def logits_range(job: PredictJob, part: Part) -> np.ndarray:
     """Unit: (n, k) logits of a range of images."""
-    return predict_logits(
-        copy.deepcopy(job.model), job.images.split, job.images.indices[slice(*part)], _EVALUATION_BATCH, job.device
+    model, indices = copy.deepcopy(job.model), job.images.indices[slice(*part)]
+    return np.concatenate(
+        [
+            predict_logits(model, job.images.split, chosen, len(chosen), job.device)
+            for chosen in chunks(indices, _EVALUATION_BATCH, job.chunk)
+        ]
     )
 
 
-def predict(model: nn.Module, images: ImageSet, config: PruneConfig, runner: Runner, *, stage: str) -> np.ndarray:
-    """(n, k) float32 logits of a network on some images, computed in fixed ranges."""
+def predict(
+    model: nn.Module,
+    images: ImageSet,
+    config: PruneConfig,
+    runner: Runner,
+    *,
+    stage: str,
+    known: Callable[[Part], np.ndarray | None] = lambda _: None,
+    on_result: Callable[[Part, np.ndarray], None] | None = None,
+) -> np.ndarray:
+    """(n, k) float32 logits of a network on some images, computed in fixed ranges.
+
+    Args:
+        known: logits of a range from an earlier run on the same inputs.
+        on_result: called with each new range's as they come in.
+    """
     job = runner.share(PredictJob(model=model, images=images, device=config.device))
     parts = shards(len(images), 8, _EVALUATION_BATCH)
+    found: dict[int, np.ndarray] = {}
     try:
-        return np.concatenate(runner.run(logits_range, [Work(shared=job, item=part) for part in parts], stage=stage))
+        _run_parts(logits_range, job, parts, runner, stage, known, on_result, found.__setitem__)
     finally:
         runner.release(job)
+    return np.concatenate([found[number] for number in range(len(parts))])
 
 
 def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:
@@ -382,6 +455,11 @@ class CandidateJob:
     reference: DenseReference | None
     stop: StopRule
     device: str
+    chunk: int = _EVALUATION_BATCH
+
+    def in_chunks(self, images: int) -> CandidateJob:
+        """The same in smaller forward passes, and without holding the rows of a layer while it is refit."""
+        return replace(self, chunk=images, data=replace(self.data, held_numbers=0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -407,8 +485,11 @@ def score_candidate(job: CandidateJob, plan: PruningPlan) -> CandidateScore:
     images, reference = job.validation, job.reference
     while images is not None and reference is not None and len(predicted) < len(images):
         part = images.indices[len(predicted) : len(predicted) + job.stop.chunk]
-        answers = predict_classes(smaller, images.split, part, _EVALUATION_BATCH, job.device)
-        predicted = np.concatenate([predicted, answers])
+        answers = [
+            predict_classes(smaller, images.split, chosen, len(chosen), job.device)
+            for chosen in chunks(part, _EVALUATION_BATCH, job.chunk)
+        ]
+        predicted = np.concatenate([predicted, *answers])
         if job.stop.is_decided(reference.drops(predicted)):
             break
     return CandidateScore(state=state_arrays(smaller), predicted=predicted)

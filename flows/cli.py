@@ -1,4 +1,4 @@
-"""The command line: `entprune prune | sweep | train | evaluate | export | inspect | promote | rollback | schedule`.
+"""The command line: `entprune prune | sweep | log | train | evaluate | export | inspect | promote | ...`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: a failure that is not the
 user's; 2: something that the user can mend, in one sentence; 3: a promotion was refused; 130: interrupted.
@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flows import recording
 from flows.cli_sweep import EPILOG as SWEEP_EPILOG
 from flows.cli_sweep import sweep
 from flows.operations import add_commands, check_registry, register_trained
@@ -220,13 +222,13 @@ def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
             from tasks import tracking  # these take their time while the workers come up
 
             reporter.started("reach the tracking server")
-            tracking.check()
+            with suppress(tracking.TrackingError):  # the run goes on, and says so
+                tracking.check()
             reporter.started("start the flow engine")
             from flows.prune_model import prune_model
-            from flows.server import start_server
+            from flows.server import run_flow
 
-            start_server()
-            report = prune_model(parameters)
+            report = run_flow(prune_model, parameters)
     _show_result(report, parameters.output, parameters.register)
     return 0 if report["certificate"]["passed"] else 1
 
@@ -244,6 +246,7 @@ def _show_result(report: dict[str, Any], output: Path, register: str | None) -> 
         lines.append(("registered", f"models:/{register}/{lineage['registered_version']}"))
     if "MLFLOW_TRACKING_URI" not in os.environ:
         lines.append(("runs", "mlflow ui --backend-store-uri sqlite:///mlflow.db"))
+    lines += recording.unrecorded_lines(output)
     for title, text in lines:
         console.print(f"[bold]{title:<11}[/bold]{escape(text)}", soft_wrap=True)
     for warning in report.get("warnings", ()):
@@ -255,6 +258,7 @@ def _show_result(report: dict[str, Any], output: Path, register: str | None) -> 
 # --- sweep ------------------------------------------------------------------------------------------------------------
 
 app.command(epilog=SWEEP_EPILOG)(sweep)
+app.command(epilog=recording.EPILOG)(recording.log)
 
 
 # --- train ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows.options import VerboseOption
+from flows.recording import unrecorded_lines
 
 if TYPE_CHECKING:
     from flows.sweep_parameters import SweepParameters
@@ -61,13 +63,13 @@ def _run(parameters: SweepParameters) -> dict[str, Any]:
             from tasks import tracking  # these take their time while the workers come up
 
             reporter.started("reach the tracking server")
-            tracking.check()
+            with suppress(tracking.TrackingError):  # the run goes on, and says so
+                tracking.check()
             reporter.started("start the flow engine")
-            from flows.server import start_server
+            from flows.server import run_flow
             from flows.sweep import sweep as sweep_flow
 
-            start_server()
-            content: dict[str, Any] = sweep_flow(parameters)
+            content: dict[str, Any] = run_flow(sweep_flow, parameters)
     return content
 
 
@@ -88,6 +90,7 @@ def _show(content: dict[str, Any], parameters: SweepParameters) -> None:
     ]
     if parameters.register is not None and chosen["registered_version"] is not None:
         lines.append(("registered", f"models:/{parameters.register}/{chosen['registered_version']}"))
+    lines += unrecorded_lines(output)
     for title, text in lines:
         console.print(f"[bold]{title:<11}[/bold]{escape(text)}", soft_wrap=True)
     if not chosen["budget_met"]:

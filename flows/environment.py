@@ -16,6 +16,7 @@ _DEFAULTS = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "entprune.run",
+    "PREFECT_CLIENT_MAX_RETRIES": "3",  # 14 seconds for a server that is lost, in place of a minute
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine takes longer than the usual 20
     # Workers without a GPU of their own see none, as Ray will have it from its next major version on.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",

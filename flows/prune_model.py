@@ -25,12 +25,14 @@ from flows.environment import cache_folder, code_version
 from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
 from flows.rounds import Pruned, Rounds, prune_in_rounds, prune_once
+from flows.server import finished
 from flows.tracked import run_name, tracked_run
 from flows.version_page import version_page, version_tags
 from flows.workers import lone_worker_threads, start_workers, worker_config
-from tasks import stages, tracking
+from tasks import stages
 from tasks.actors import accept_read_only_arrays
 from tasks.progress import StageClock
+from tasks.record import Record, TrackedRun
 from tasks.store import Store
 from tasks.tuning import finetune
 from tasks.workload import Engine, Workload
@@ -82,11 +84,12 @@ def prune_model(parameters: PruneParameters) -> dict[str, Any]:
         with clock.stage("start"):
             cluster, runner = stack.enter_context(start_workers(parameters))
             runner.progress = clock.advance
-            run_id = stack.enter_context(_tracked(parameters, work))
+            run = stack.enter_context(_tracked(parameters, work))
         store = stack.enter_context(Store(cache_folder(parameters.cache_dir) / "store"))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
         outcome = _run_stages(parameters, work, engine)
-        return publish(parameters, work, outcome, run_id, clock)
+        content = publish(parameters, work, outcome, run, clock)
+    return finished(content)
 
 
 def _run_stages(parameters: PruneParameters, work: Workload, engine: Engine) -> Outcome:
@@ -141,29 +144,37 @@ def _run_rounds(work: Workload, engine: Engine, finetuning: FinetuneConfig, num_
 
 
 def publish(
-    parameters: PruneParameters, work: Workload, outcome: Outcome, run_id: str, clock: StageClock
+    parameters: PruneParameters, work: Workload, outcome: Outcome, run: TrackedRun, clock: StageClock, place: str = "."
 ) -> dict[str, Any]:
-    """Write the output folder, log and register; the folder appears when all of it succeeded."""
+    """Write the output folder, log and register; the folder appears when all of it succeeded.
+
+    What MLflow does not hear waits in the folder's record.
+
+    Args:
+        parameters, work, outcome, clock: of the run.
+        run: in MLflow.
+        place: of the folder in the one that has the record.
+    """
+    run.record.try_to_catch_up()
     plan, card = outcome.plan, work.card(parameters.model)
-    lineage = lineage_of(work, parameters) | {"mlflow_run_id": run_id, "registered_version": None}
+    lineage = lineage_of(work, parameters) | {"mlflow_run_id": run.id, "registered_version": None}
     content = _report(parameters, work, outcome, lineage, clock)
     with staging_directory(parameters.output, marker=REPORT_NAME) as folder, clock.stage("publish"):
         stages.save(outcome.result, plan, card, folder / "model", extra={"lineage": lineage})
-        stages.track(run_id, content, outcome.pruned.paths)
+        stages.track(run, content, outcome.pruned.paths)
         if parameters.register is not None:
+            tags, page = version_tags(content), version_page(content, parameters.register)
             version = stages.register(
-                run_id,
-                outcome.result,
-                work,
-                parameters.register,
-                card=card,
-                tags=version_tags(content),
-                description=version_page(content, parameters.register),
+                run, outcome.result, card, parameters.register, tags=tags, description=page, place=place
             )
             content["lineage"]["registered_version"] = version
         stages.report(content, outcome.pruned.paths, folder)
-        tracking.log_artifacts(run_id, folder)
+        run.artifacts(folder, place=place)
         written: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        if place == ".":
+            run.record.write(folder)
+    if place == ".":
+        run.record.settle()
     return written
 
 
@@ -213,6 +224,7 @@ def lineage_of(work: Workload, parameters: PruneParameters) -> dict[str, Any]:
     }
 
 
-def _tracked(parameters: PruneParameters, work: Workload) -> AbstractContextManager[str]:
+def _tracked(parameters: PruneParameters, work: Workload) -> AbstractContextManager[TrackedRun]:
     asked = parameters.model_dump(mode="json", exclude={"overrides"}) | {"config": work.config.to_dict()}
-    return tracked_run(parameters.experiment, run_name(parameters), lineage_of(work, parameters), asked)
+    record, lineage = Record(parameters.output), lineage_of(work, parameters)
+    return tracked_run(record, parameters.experiment, run_name(parameters), lineage, asked)

@@ -1,12 +1,73 @@
-"""The flow engine's server: one that runs already, or one of this process's own."""
+"""The flow engine's server: one that runs already, or one of this process's own; and what happens when it is lost."""
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
-from contextvars import copy_context
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from typing import Any
 
 from entprune.errors import EngineError
+
+_logger = logging.getLogger(__name__)
+
+_finished: ContextVar[list[Any] | None] = ContextVar("finished_flow", default=None)
+
+
+def run_flow(flow: Callable[[Any], Any], parameters: Any) -> Any:
+    """Run a flow whether Prefect's server lives or not: without it, on a server of this process's own.
+
+    If the server is lost on the way, the flow is run again; what its stages found is stored by then. If it is lost
+    after the flow's work is done, only its record is.
+
+    Raises:
+        EngineError: no server can be started here either. Whatever the flow raises.
+    """
+    results: list[Any] = []
+    token = _finished.set(results)
+    try:
+        start_server()
+        return flow(parameters)
+    except Exception as error:
+        if results:
+            _logger.warning("the run is complete, but Prefect's server did not hear of it: %s", _reason(error))
+            return results[-1]
+        if not _is_lost_server(error):
+            raise
+        _logger.warning("Prefect's server is lost (%s); the run goes on with one of its own", _reason(error))
+    finally:
+        _finished.reset(token)
+    with own_server():
+        start_server()
+        return flow(parameters)
+
+
+def finished(result: Any) -> Any:
+    """Return the result of a flow, and keep it for the case that its server is lost now."""
+    results = _finished.get()
+    if results is not None:
+        results.append(result)
+    return result
+
+
+@contextmanager
+def own_server() -> Iterator[None]:
+    """Have a server of this process's own, and a new one if it had one before."""
+    from prefect.server.api.server import SubprocessASGIServer  # noqa: PLC0415 -- read its settings only now
+    from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: PLC0415 -- the same
+
+    address = os.environ.pop("PREFECT_API_URL", None)
+    try:
+        SubprocessASGIServer().stop()
+        with temporary_settings(restore_defaults={PREFECT_API_URL}):
+            yield
+    finally:
+        if address is not None:
+            os.environ["PREFECT_API_URL"] = address
 
 
 def start_server() -> None:
@@ -23,9 +84,9 @@ def start_server() -> None:
     starter.start()
     starter.join()  # a thread of its own, so that this one can be interrupted meanwhile
     if problems:
-        reason = str(problems[0]).strip().split("\n", 1)[0] or type(problems[0]).__name__
         raise EngineError(
-            f"Prefect's server does not answer ({reason}); check PREFECT_API_URL, or unset it to run without a server."
+            f"Prefect's server does not answer ({_reason(problems[0])}); check PREFECT_API_URL, or unset it to run "
+            "without a server."
         ) from problems[0]
 
 
@@ -41,3 +102,19 @@ def _start(problems: list[BaseException]) -> None:
         problem = error
     if problem is not None:
         problems.append(problem)
+
+
+def _is_lost_server(error: BaseException) -> bool:
+    """Whether an error comes from the way to the server: Prefect's client is httpx, and nothing else here is."""
+    from httpx import TransportError  # noqa: PLC0415 -- comes with Prefect
+
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, TransportError):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

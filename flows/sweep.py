@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -22,14 +21,16 @@ from entprune.storage import atomic_write_text, staging_directory
 from flows.environment import cache_folder
 from flows.prune_model import finish, lineage_of, publish
 from flows.rounds import Pruned
+from flows.server import finished
 from flows.sweep_content import Entry, choose, describe_setting, describe_sweep
 from flows.sweep_inputs import SWEEP_NAME, preflight_sweep
 from flows.sweep_parameters import SweepParameters, SweepSetting
 from flows.tracked import run_name, tracked_run
 from flows.workers import lone_worker_threads, start_workers, worker_config
-from tasks import sweeping, tracking
+from tasks import sweeping
 from tasks.actors import accept_read_only_arrays
 from tasks.progress import StageClock
+from tasks.record import Record, TrackedRun
 from tasks.store import Store
 from tasks.workload import Engine, Workload
 
@@ -57,11 +58,13 @@ def sweep(parameters: SweepParameters) -> dict[str, Any]:
             cluster, runner = stack.enter_context(start_workers(lead))
             runner.progress = clock.advance
             asked = {"base": parameters.base, "swept": list(parameters.swept()), "settings": len(settings)}
-            parent = tracked_run(lead.experiment, f"sweep of {run_name(lead)}", lineage_of(works[0], lead), asked)
-            parent_id = stack.enter_context(parent)
+            record, lineage = Record(parameters.output), lineage_of(works[0], lead)
+            parent = tracked_run(record, lead.experiment, f"sweep of {run_name(lead)}", lineage, asked)
+            run = stack.enter_context(parent)
         store = stack.enter_context(Store(cache_folder(lead.cache_dir) / "store"))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
-        return _Sweep(parameters, settings, works, engine, parent_id).run(cluster.workers)
+        content = _Sweep(parameters, settings, works, engine, run).run(cluster.workers)
+    return finished(content)
 
 
 class _Sweep:
@@ -73,10 +76,10 @@ class _Sweep:
         settings: Sequence[SweepSetting],
         works: list[Workload],
         engine: Engine,
-        run_id: str,
+        tracked: TrackedRun,
     ) -> None:
         self.parameters, self.settings, self.works = parameters, settings, works
-        self.engine, self.run_id = engine, run_id
+        self.engine, self.tracked = engine, tracked
 
     def run(self, workers: int) -> dict[str, Any]:
         """Everything between the inputs and the files."""
@@ -113,25 +116,28 @@ class _Sweep:
         parameters, engine = self.parameters, self.engine
         chosen = choose(entries, parameters.max_accuracy_drop(), parameters.choose.smallest)
         number = chosen.number
+        self.tracked.record.try_to_catch_up()
         runs = {entry.setting.number: self._log_child(entry) for entry in entries if entry.setting.number != number}
         found = sweeping.assemble_chosen(entrants[number], finishes[number], engine)
         with staging_directory(parameters.output, marker=SWEEP_NAME) as folder:
-            with self._child_run(entries[number]) as runs[number]:
+            with self._child_run(entries[number]) as child:
                 asked = entries[number].setting.parameters.model_copy(update={"output": folder / "chosen"})
                 accuracy = sweeping.dense_accuracy(entrants[number])
                 work = entries[number].work
                 model = build_smaller(work.network, found)
                 pruned = Pruned(paths=paths[number], found=found, validation_accuracy=accuracy, model=model)
                 outcome = finish(asked, work, engine, pruned)
-                report = publish(asked, work, outcome, runs[number], engine.clock)
+                report = publish(asked, work, outcome, child, engine.clock, place="chosen")
+            runs[number] = child.id
             content = describe_sweep(entries, chosen, report, runs) | {
                 "swept": list(parameters.swept()),
                 "early_stop": parameters.early_stop,
                 "solve": dict(solve),
                 "timings_seconds": engine.clock.timings(),
-                "lineage": {**lineage_of(work, asked), "mlflow_run_id": self.run_id},
+                "lineage": {**lineage_of(work, asked), "mlflow_run_id": self.tracked.id},
             }
             self._write(content, folder)
+        self.tracked.record.settle()
         return content
 
     def _write(self, content: Mapping[str, Any], folder: Path) -> None:
@@ -140,25 +146,24 @@ class _Sweep:
             "sweep.html": render_sweep(content),
             SWEEP_NAME: json.dumps(content, indent=1, allow_nan=False) + "\n",
         }
-        with tempfile.TemporaryDirectory() as logged:  # the chosen network is with its own run
-            for name, text in files.items():
-                atomic_write_text(Path(logged) / name, text)
-                atomic_write_text(folder / name, text)
-            tracking.log_artifacts(self.run_id, Path(logged))
+        for name, text in files.items():
+            atomic_write_text(folder / name, text)
+        self.tracked.artifacts(folder, names=list(files))  # the chosen network is with its own run
         figures = content["chosen"]["fine_tuned"] or content["chosen"]["one_shot"]
-        tracking.log_stage(
-            self.run_id,
-            {"chosen": {"number": content["chosen"]["number"], **figures}, "seconds": content["timings_seconds"]},
+        self.tracked.numbers(
+            {"chosen": {"number": content["chosen"]["number"], **figures}, "seconds": content["timings_seconds"]}
         )
+        self.tracked.record.write(folder)
 
-    def _child_run(self, entry: Entry) -> AbstractContextManager[str]:
+    def _child_run(self, entry: Entry) -> AbstractContextManager[TrackedRun]:
         setting, work = entry.setting, entry.work
         asked = {**setting.values, "config": work.config.to_dict(), "budget": work.budget.to_dict()}
-        tags = {"mlflow.parentRunId": self.run_id, "status": entry.status, **lineage_of(work, setting.parameters)}
-        return tracked_run(setting.parameters.experiment, f"{setting.number}: {setting.label()}", tags, asked)
+        tags = {"status": entry.status, **lineage_of(work, setting.parameters)}
+        name = f"{setting.number}: {setting.label()}"
+        return tracked_run(self.tracked, setting.parameters.experiment, name, tags, asked)
 
     def _log_child(self, entry: Entry) -> str:
         """Figures of a setting that was not chosen; returns its run."""
-        with self._child_run(entry) as child_id:
-            tracking.log_stage(child_id, describe_setting(entry)["result"])
-        return child_id
+        with self._child_run(entry) as child:
+            child.numbers(describe_setting(entry)["result"])
+        return child.id

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entprune.errors import EngineError
 from flows.parameters import PruneParameters
-from tasks import tracking
-
-_logger = logging.getLogger(__name__)
+from tasks.record import Record, TrackedRun
 
 
 def run_name(parameters: PruneParameters) -> str:
@@ -21,24 +17,23 @@ def run_name(parameters: PruneParameters) -> str:
 
 
 @contextmanager
-def tracked_run(experiment: str, name: str, tags: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
-    """Lend the id of an MLflow run that ends as this block does.
+def tracked_run(
+    opener: Record | TrackedRun, experiment: str, name: str, tags: Mapping[str, Any], asked: Mapping[str, Any]
+) -> Iterator[TrackedRun]:
+    """Lend an MLflow run that ends as this block does, or will, where the server does not answer.
 
     Args:
-        experiment: made if it is new.
+        opener: record of the output folder, or the run that this one belongs to.
+        experiment: made if it is new; that of the other run.
         name: of the run.
-        tags: lineage, say, or `mlflow.parentRunId`.
+        tags: lineage, say.
         asked: settings of the run.
     """
-    run_id = tracking.open_run(experiment, name, tags)
+    run = opener.open_child(name, tags) if isinstance(opener, TrackedRun) else opener.open_run(experiment, name, tags)
+    run.settings(asked)
     try:
-        tracking.log_settings(run_id, asked)
-        yield run_id
+        yield run
     except BaseException as error:
-        with suppress(EngineError):
-            tracking.close_run(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        run.close("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    try:
-        tracking.close_run(run_id, "FINISHED")
-    except EngineError as error:  # everything is written, logged and registered by now
-        _logger.warning("%s", error)
+    run.close()

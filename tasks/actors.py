@@ -20,14 +20,17 @@ import torch
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from entprune.errors import EngineError, EntpruneError
-from entprune.runner import OnResult, Progress, Unit, Work, largest_first
+from entprune.runner import Divisible, OnResult, Progress, Unit, Work, largest_first
 from tasks.cluster import Cluster
+from tasks.unit_queue import UnitQueue
 
 _logger = logging.getLogger(__name__)
 
 _DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)  # what a unit can be tried again after
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)  # torch on a CPU raises RuntimeError
+_KILLED_FOR_MEMORY = re.compile(r"low on memory|out of memory", re.IGNORECASE)
 _HELD_VALUES = 4
-_MAX_DEATHS = 3
+_MAX_FAILED_STARTS = 3
 _START_SECONDS = 300.0
 _SETTLE_SECONDS = 30.0
 _LOOK_SECONDS = 2.0  # between two looks at workers that do not come up
@@ -49,9 +52,15 @@ class Worker:
         """Answer once the process is up."""
         return True
 
-    def run(self, unit: Unit, key: str, reference: list[Any], item: Any) -> Any:
-        """Run one unit; the reference comes in a list, or Ray would rebuild the shared value for each call."""
-        return unit(self._value(key, reference), item)
+    def run(self, unit: Unit, key: str, reference: list[Any], item: Any, chunk: int | None = None) -> Any:
+        """Run one unit, after one that lacked memory with fewer images at a time.
+
+        The reference comes in a list, or Ray would rebuild the shared value for each call.
+        """
+        value = self._value(key, reference)
+        if chunk is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return unit(value.in_chunks(chunk) if chunk is not None and isinstance(value, Divisible) else value, item)
 
     def forget(self, key: str) -> None:
         """Let go of a shared value."""
@@ -122,18 +131,19 @@ class _Pool:
             ray.get(reference)
         except RayError as cause:
             self._failed_starts += 1
-            if self._failed_starts > _MAX_DEATHS:
+            if self._failed_starts > _MAX_FAILED_STARTS:
                 raise EngineError(f"workers fail to start ({_reason(cause)}); see Ray's logs on that node.") from cause
             self.start()
         else:
             self._failed_starts = 0
             self.idle.append(actor)
 
-    def restart_busy(self) -> None:
-        """Stop what is running and replace the workers that ran it."""
+    def stop_busy(self, *, replace: bool) -> None:
+        """Stop what is running, and replace the workers that ran it if there is more to come."""
         for actor, _ in self.busy.values():
             ray.kill(actor)
-            self.start()
+            if replace:
+                self.start()
         self.busy.clear()
 
     def actors(self) -> list[Any]:
@@ -195,16 +205,16 @@ class RayRunner:
 
         Raises:
             EntpruneError: a unit raised it.
-            EngineError: a unit's worker died four times, no worker could be placed, or the cluster is gone.
+            EngineError: a unit's worker died four times, a unit lacked memory even with few images at a time and
+                nothing beside it, no worker could be placed, or the cluster is gone.
         """
         results: list[Any] = [None] * len(work)
-        queue = deque(largest_first(work))
-        deaths: Counter[int] = Counter()
+        queue = UnitQueue(largest_first(work), stage)
         done = 0
         try:
             while done < len(work):
                 self._hand_out(unit, work, queue)
-                arrived = self._collect(self._pool.wait(stage), queue, deaths, stage)
+                arrived = self._collect(self._pool.wait(stage), queue)
                 self._hand_out(unit, work, queue)  # before the caller stores results: nobody waits for a disk
                 while arrived:
                     number, result = arrived.popleft()
@@ -216,42 +226,39 @@ class RayRunner:
                     done += 1
                     self._count(stage, done, len(work))
         except BaseException as error:
-            self._pool.restart_busy()
+            self._pool.stop_busy(replace=isinstance(error, Exception))  # after Ctrl-C nothing follows
             if isinstance(error, RayError):
                 raise EngineError(f"stage '{stage}': Ray failed ({_reason(error)}); see its logs.") from error
             raise
         return results
 
-    def _hand_out(self, unit: Unit, work: Sequence[Work], queue: deque[int]) -> None:
+    def _hand_out(self, unit: Unit, work: Sequence[Work], queue: UnitQueue) -> None:
         pool = self._pool
-        while queue and pool.idle:
-            number, actor = queue.popleft(), pool.idle.pop()
-            shared = work[number].shared
-            reference = actor.run.remote(unit, shared.key, [shared.reference], work[number].item)
+        while pool.idle and (number := queue.take(num_busy=len(pool.busy))) is not None:
+            actor, shared = pool.idle.pop(), work[number].shared
+            reference = actor.run.remote(unit, shared.key, [shared.reference], work[number].item, queue.chunk(number))
             pool.busy[reference] = (actor, number)
+            _logger.debug("stage '%s': unit %d is handed out", queue.stage, number)
 
-    def _collect(
-        self, finished: Sequence[Any], queue: deque[int], deaths: Counter[int], stage: str
-    ) -> deque[tuple[int, Any]]:
-        """Fetch results; a unit whose worker died goes back to the front of the queue."""
+    def _collect(self, finished: Sequence[Any], queue: UnitQueue) -> deque[tuple[int, Any]]:
+        """Fetch results; a unit whose worker died, or that lacked memory, goes back to the queue."""
         arrived: deque[tuple[int, Any]] = deque()
         for reference in finished:
             actor, number = self._pool.busy.pop(reference)
+            queue.returned(number)
             try:
                 result = ray.get(reference)
             except RayTaskError as error:
                 self._pool.idle.append(actor)
-                raise _original(error) from None
+                if not lacks_memory(error):
+                    raise _original(error) from None
+                queue.put_back_smaller(number, _reason(error.cause))
             except _DEATHS as error:
-                deaths[number] += 1
-                _logger.warning("stage '%s': a worker died (%s); its unit is done again", stage, _reason(error))
                 self._replace(actor)
-                if deaths[number] > _MAX_DEATHS:
-                    raise EngineError(
-                        f"stage '{stage}': the worker of one unit died {deaths[number]} times ({_reason(error)}); "
-                        "give it more memory, or ask for fewer workers."
-                    ) from error
-                queue.appendleft(number)
+                if lacks_memory(error):
+                    queue.put_back_smaller(number, _reason(error))
+                else:
+                    queue.put_back(number, _reason(error))
             else:
                 self._pool.idle.append(actor)
                 arrived.append((number, result))
@@ -266,6 +273,18 @@ class RayRunner:
         self.units_run[stage] += 1
         if self.progress is not None:
             self.progress(stage, done, total)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a unit failed for want of memory: Ray stopped its worker, or Python, torch or a GPU had no more."""
+    if isinstance(error, OutOfMemoryError):
+        return True
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        return isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or (
+            isinstance(cause, RuntimeError) and _NO_MEMORY.search(str(cause)) is not None
+        )
+    return isinstance(error, RayActorError) and _KILLED_FOR_MEMORY.search(str(error)) is not None
 
 
 def _original(error: RayTaskError) -> BaseException:

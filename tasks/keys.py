@@ -20,16 +20,19 @@ from entprune.finetune import FinetuneConfig
 from entprune.groups import ChannelGroup
 from entprune.path import PathSetting
 from entprune.plan import PruningPlan
+from entprune.stages import Part
 from entprune.tracing import trace
 
 # Raised whenever a stage would give other results on the same inputs: entries of older code are then not found.
 STAGE_VERSIONS = {
     "answers": 3,
     "moments": 2,
+    "shards": 1,
     "paths": 5,
     "candidates": 5,
     "latencies": 1,
     "logits": 1,
+    "ranges": 1,
     "finetuned": 2,
 }
 
@@ -58,6 +61,11 @@ class StageKeys:
         """Moments of what some layers read."""
         return content_key("moments", {**self._statistics(), "layers": list(layers)})
 
+    def shard(self, layers: tuple[str, ...], consumers: tuple[str, ...], part: Part) -> str:
+        """What a part of the calibration images says of some layers."""
+        inputs = {"layers": list(layers), "consumers": list(consumers), "part": list(part), **self._residuals()}
+        return content_key("shards", {**self._statistics(), **inputs})
+
     def path(self, group: ChannelGroup, setting: PathSetting) -> str:
         """One continuation of one group; other groups do not matter."""
         inputs = {"group": hash_group(group), "setting": setting.to_dict(), **self._residuals()}
@@ -78,6 +86,10 @@ class StageKeys:
     def logits(self, model: nn.Module, images: str) -> str:
         """Which images a network classifies correctly."""
         return content_key("logits", {**self._numerics(), "network": hash_network(model), "images": images})
+
+    def logits_range(self, logits: str, part: Part) -> str:
+        """A range of the logits of that key."""
+        return content_key("ranges", {"logits": logits, "part": list(part)})
 
     def finetuned(self, model: nn.Module, config: FinetuneConfig, train: str) -> str:
         """Weights after fine-tuning."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from entprune.artifact import ModelCard, save_model
 from entprune.assembly import RefitData
-from entprune.calibration import LayerStatistics, Statistics
+from entprune.calibration import LayerStatistics, Statistics, num_bytes
 from entprune.certificate import Certificate
 from entprune.config import Budget, PruneConfig
 from entprune.errors import CertificateError
@@ -33,6 +33,7 @@ from entprune.stages import (
     CandidateJob,
     CandidateScore,
     ImageSet,
+    Part,
     SolveKey,
     answers_only,
     dense_reference,
@@ -50,9 +51,10 @@ from entprune.storage import (
     save_statistics,
     write_bundle,
 )
-from tasks import registry, tracking
+from tasks import registry
 from tasks.consumer_files import write_consumer_files
 from tasks.progress import StageClock
+from tasks.record import Entry, TrackedRun
 from tasks.store import Store
 from tasks.workload import Calibration, Engine, Inputs, Workload, stage_task
 
@@ -92,10 +94,31 @@ def calibrate(work: Workload, engine: Engine, *, needs_moments: bool) -> Calibra
         moments = None if answers is None else store.fetch("moments", moments_key, load_statistics)
         if answers is not None and moments is not None:
             return Calibration({name: _joined(entry, moments.get(name)) for name, entry in answers.items()})
-        statistics = calibrate_network(work.network, work.calibration, work.config, engine.runner)
-        store.keep("moments", moments_key, partial(save_statistics, _moments_only(statistics)))
-        store.keep("answers", answers_key, partial(save_statistics, answers_only(statistics, work.network)))
+        statistics = _calibrate_shards(work, engine, (moments_key, answers_key))
         return Calibration(statistics)
+
+
+def _calibrate_shards(work: Workload, engine: Engine, keys: tuple[str, str]) -> dict[str, LayerStatistics]:
+    """Statistics of all images; those of each shard are stored until the sum is."""
+    store, network, asked = engine.store, work.network, []
+
+    def key(part: Part) -> str:
+        return work.keys.shard(network.refit_layers, network.consumers(), part)
+
+    def recall(part: Part) -> Statistics | None:
+        asked.append(part)
+        return store.fetch("shards", key(part), load_statistics)
+
+    def keep(part: Part, statistics: Statistics) -> None:
+        if store.has_room(work.config.calibration_shards * num_bytes(statistics)):
+            store.keep("shards", key(part), partial(save_statistics, statistics))
+
+    statistics = calibrate_network(network, work.calibration, work.config, engine.runner, known=recall, on_result=keep)
+    store.keep("moments", keys[0], partial(save_statistics, _moments_only(statistics)))
+    store.keep("answers", keys[1], partial(save_statistics, answers_only(statistics, network)))
+    for part in asked:
+        store.discard("shards", key(part))  # after the sum: one thread writes in this order
+    return statistics
 
 
 def _moments_only(statistics: Statistics) -> dict[str, LayerStatistics]:
@@ -243,13 +266,31 @@ def logits_of(
     work: Workload, engine: Engine, model: nn.Module, images: ImageSet, images_key: str, *, step: str
 ) -> np.ndarray:
     """(n, k) logits of a network on some images."""
-    return engine.store.remember(
+    store, key, parts = engine.store, work.keys.logits(model, images_key), set[Part]()
+
+    def load_logits(path: Path) -> np.ndarray:
+        return read_bundle(path)[0]["logits"]
+
+    def save_logits(logits: np.ndarray, path: Path) -> None:
+        write_bundle(path, {"logits": logits}, {"kind": "logits"})
+
+    def recall(part: Part) -> np.ndarray | None:
+        parts.add(part)
+        return store.fetch("ranges", work.keys.logits_range(key, part), load_logits)
+
+    def keep(part: Part, logits: np.ndarray) -> None:
+        store.keep("ranges", work.keys.logits_range(key, part), partial(save_logits, logits))
+
+    logits = store.remember(
         "logits",
-        work.keys.logits(model, images_key),
-        lambda: predict(model, images, work.config, engine.runner, stage=step),
-        load=lambda path: read_bundle(path)[0]["logits"],
-        save=lambda logits, path: write_bundle(path, {"logits": logits}, {"kind": "logits"}),
+        key,
+        lambda: predict(model, images, work.config, engine.runner, stage=step, known=recall, on_result=keep),
+        load=load_logits,
+        save=save_logits,
     )
+    for part in parts:
+        store.discard("ranges", work.keys.logits_range(key, part))  # after the whole: one thread writes in this order
+    return logits
 
 
 # --- certify, measure -------------------------------------------------------------------------------------------------
@@ -327,35 +368,41 @@ def report(content: Mapping[str, Any], paths: Mapping[str, SparsityPath], direct
 
 
 @stage_task("track")
-def track(run_id: str, content: Mapping[str, Any], paths: Mapping[str, SparsityPath]) -> None:
+def track(run: TrackedRun, content: Mapping[str, Any], paths: Mapping[str, SparsityPath]) -> None:
     """Log the figures of a run, of its candidates, its groups and its hyperparameter settings."""
     figures = {name: content[name] for name in ("dense", "one_shot", "fine_tuned") if content[name] is not None}
     others = {"certificate": content["certificate"], "seconds": content["timings_seconds"]}
-    tracking.log_stage(run_id, {**figures, **others})
+    run.numbers({**figures, **others})
     for number, candidate in enumerate(content["candidates"], start=1):
-        tracking.log_stage(run_id, {"candidate": {k: v for k, v in candidate.items() if k != "widths"}}, step=number)
+        run.numbers({"candidate": {k: v for k, v in candidate.items() if k != "widths"}}, step=number)
     for entry in content.get("rounds", ()):
         figures = {name: value for name, value in entry.items() if name not in {"widths", "budgets_missed"}}
-        tracking.log_stage(run_id, {"round": figures}, step=entry["round"])
-    tracking.log_groups(run_id, content)
-    tracking.log_paths(run_id, paths)
+        run.numbers({"round": figures}, step=entry["round"])
+    run.groups(content)
+    run.paths(paths)
 
 
 @stage_task("register")
 def register(
-    run_id: str,
+    run: TrackedRun,
     model: nn.Module,
-    work: Workload,
+    card: ModelCard,
     name: str,
     *,
-    card: ModelCard,
     tags: Mapping[str, Any],
     description: str,
-) -> int:
-    """Register a version of the network with everything that its users need."""
-    shape, known = work.network.input_shape, card.to_dict()
+    place: str = ".",
+) -> int | None:
+    """Register a version of the network with everything that its users need; returns its number, None if it waits."""
+    return run.register(name, tags, description, partial(register_network, model, card), place=place)
+
+
+def register_network(model: nn.Module, card: ModelCard, run_id: str, entry: Entry) -> int:
+    """Register what an entry of a record describes."""
+    shape, known = card.input_shape, card.to_dict()
     with TemporaryDirectory(prefix="entprune-") as folder:
         files = write_consumer_files(model, shape, known, Path(folder))
         return registry.register(
-            run_id, model, shape, name, tags=tags, card=known, files=files, description=description
-        )
+            run_id, model, shape, entry["name"],
+            tags=entry["tags"], card=known, files=files, description=entry["description"],
+        )  # fmt: skip

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Self, TypeVar
 
 from entprune.errors import ArtifactError, OutputError
@@ -14,6 +18,10 @@ from entprune.errors import ArtifactError, OutputError
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_MAX_WAITING = 2  # results that are not stored yet
+_SHARE_OF_DISK = 0.1
+_TORN_SECONDS = 24 * 3600
 
 
 class Store:
@@ -26,10 +34,12 @@ class Store:
     def __init__(self, directory: Path) -> None:
         self._directory = Path(directory)
         self._is_writable = True
+        self._waiting = BoundedSemaphore(_MAX_WAITING)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         self.reused: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
+        self._clear_torn()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,8 +64,17 @@ class Store:
         return value
 
     def keep(self, stage: str, key: str, save: Callable[[Path], None]) -> None:
-        """Store a result, in the place of an older one; that it cannot be stored is logged and fails no run."""
-        self._writer.submit(self._save, stage, key, save)
+        """Store a result, in the place of an older one; that it cannot be stored is logged and fails no run.
+
+        Waits while two others are being stored: what is not stored is what a killed run has to do again.
+        """
+        self._waiting.acquire()
+        self._writer.submit(self._save, stage, key, save).add_done_callback(lambda _: self._waiting.release())
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether that much would take at most a tenth of the disk's free space."""
+        existing = next(folder for folder in (self._directory, *self._directory.absolute().parents) if folder.is_dir())
+        return num_bytes <= shutil.disk_usage(existing).free * _SHARE_OF_DISK
 
     def discard(self, stage: str, key: str) -> None:
         """Delete a result that is needed no more, once everything that was kept before is written."""
@@ -70,6 +89,7 @@ class Store:
             return
         try:
             save(self.path(stage, key))
+            _logger.debug("stage '%s': stored %s", stage, key)
         except OutputError as error:
             self._is_writable = False
             _logger.warning("results of this run are not stored: %s", error)
@@ -92,6 +112,13 @@ class Store:
         value = compute()
         self.keep(stage, key, lambda path: save(value, path))
         return value
+
+    def _clear_torn(self) -> None:
+        """Delete what killed processes left half written, once nobody can be writing it any more."""
+        for torn in self._directory.glob("*/.*.partial"):
+            with suppress(OSError):  # another process may do the same
+                if time.time() - torn.stat().st_mtime > _TORN_SECONDS:
+                    torn.unlink()
 
     def _delete(self, path: Path) -> None:
         try:

@@ -1,9 +1,7 @@
-"""MLflow: a run for each pruning run, a child run for each hyperparameter setting, and the way to the server.
+"""MLflow: the way to the server, and what a run can tell it.
 
 The only module that imports mlflow, and only when a function needs it. Everything goes through a client and a run id:
 no run is ever "active", so threads, tasks and actors cannot close each other's runs.
-
-Axes: c channels of a group.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import logging
 import os
 import re
 import socket
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,23 +18,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from entprune.errors import EngineError
-from entprune.path import SettingPath, SparsityPath
-from tasks.tracked_values import flatten, key, parts, text, texts
+from tasks.tracked_values import key, parts, texts
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
 # Read by mlflow when it is imported, whichever function comes first: its own log lines are for its developers.
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 
 _METRICS_PER_REQUEST, _PARAMS_PER_REQUEST = 1000, 100  # MLflow's own limits
-_MAX_POINTS = 200  # of one curve: more cannot be seen and only cost time
+_NOT_STORED = ("tracking.json", ".")
 _DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
 _PROBE_SECONDS = 5
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}  # by default minutes
+
+
+class TrackingError(EngineError):
+    """The tracking server does not answer, or does not do what it is asked: a matter of time, not of the input."""
 
 
 # --- server -----------------------------------------------------------------------------------------------------------
@@ -52,7 +50,7 @@ def check() -> None:
     """Require that the tracking server answers; a database of this machine's own is made on first use.
 
     Raises:
-        EngineError: it does not answer within seconds, or the address is none.
+        TrackingError: it does not answer within seconds. EngineError: the address is none.
     """
     uri = tracking_uri()
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_PROBE_SECONDS)}
@@ -62,7 +60,9 @@ def check() -> None:
             _knock(uri)
             client().search_experiments(max_results=1)
     except mendable as cause:
-        raise EngineError(
+        is_address = isinstance(cause, (ImportError, ValueError)) or _code(cause) == "INVALID_PARAMETER_VALUE"
+        kind = EngineError if is_address else TrackingError
+        raise kind(
             f"no MLflow server answers at '{_without_password(uri)}' ({_root_cause(cause)}); start it, correct "
             "MLFLOW_TRACKING_URI, or unset it to keep the runs in mlflow.db here."
         ) from cause
@@ -95,61 +95,60 @@ def open_run(experiment: str, run_name: str, tags: Mapping[str, Any]) -> str:
         return _create_run(_experiment_id(experiment), run_name, tags)
 
 
-def log_settings(run_id: str, params: Mapping[str, Any]) -> None:
-    """Record what the run was asked to do; nested mappings get dotted names, and None is left out."""
+def log_params(run_id: str, params: Mapping[str, str]) -> None:
+    """Record what the run was asked to do, under flat names."""
     from mlflow.entities import Param
 
-    entries = [Param(key(name), text(value)) for name, value in flatten(params) if value is not None]
+    entries = [Param(name, value) for name, value in params.items()]
     with reported("log parameters"):
         for part in parts(entries, _PARAMS_PER_REQUEST):
             client().log_batch(run_id, params=part)
 
 
-def log_stage(run_id: str, metrics: Mapping[str, Any], step: int | None = None) -> None:
-    """Record numbers; nested mappings get dotted names, and what is not a number is left out."""
-    numbers = [(name, value) for name, value in flatten(metrics) if isinstance(value, (bool, int, float))]
-    _log_metrics(run_id, [_metric(name, value, step or 0) for name, value in numbers])
+def log_numbers(run_id: str, numbers: Sequence[tuple[str, float, int]], milliseconds: int) -> None:
+    """Record metrics (name, value, step) of one moment, in milliseconds since 1970."""
+    from mlflow.entities import Metric
+
+    metrics = [Metric(key(name), value, milliseconds, step) for name, value, step in numbers]
+    with reported("log metrics"):
+        for part in parts(metrics, _METRICS_PER_REQUEST):
+            client().log_batch(run_id, metrics=part)
 
 
-def log_paths(run_id: str, paths: Mapping[str, SparsityPath]) -> list[str]:
-    """Record the sparsity paths: a child run for each hyperparameter setting, its error curve of each group by width.
-
-    Args:
-        run_id: of the parent.
-        paths: of each group; all were solved for the same settings.
-
-    Returns:
-        Ids of the child runs, in the order of the settings.
-    """
-    with reported("log the sparsity paths"):
-        experiment_id = client().get_run(run_id).info.experiment_id
-        settings = [entry.setting for entry in next(iter(paths.values())).settings] if paths else []
-        children = []
-        for number, setting in enumerate(settings):
-            child = _create_run(experiment_id, setting.label(), {"mlflow.parentRunId": run_id})
-            log_settings(child, setting.to_dict())
-            log_stage(child, _summarise_setting(paths, number))
-            for path in paths.values():
-                _log_metrics(child, _error_curve(path.settings[number], path))
-            close_run(child)
-            children.append(child)
-    return children
-
-
-def log_groups(run_id: str, report: Mapping[str, Any]) -> None:
-    """Record what became of each group; the step is the group's number in execution order."""
-    metrics: list[Metric] = []
-    for number, group in enumerate(report["groups"]):
-        numbers = {name: group[name] for name in ("reconstruction_error", "entropy", "effective_channels")}
-        numbers["kept_fraction"] = group["kept"] / group["channels"]
-        metrics += [_metric(f"group.{name}", value, number) for name, value in numbers.items() if value is not None]
-    _log_metrics(run_id, metrics)
-
-
-def log_artifacts(run_id: str, directory: Path) -> None:
-    """Store a folder with everything in it."""
+def log_files(run_id: str, directory: Path, names: Sequence[str] | None = None) -> None:
+    """Store files and folders of a directory, by default all but those of :mod:`tasks.record`."""
     with reported("store the artifacts"):
-        client().log_artifacts(run_id, str(directory))
+        for path in sorted(Path(directory).iterdir()):
+            if path.name not in names if names is not None else path.name.startswith(_NOT_STORED):
+                continue
+            if path.is_dir():
+                client().log_artifacts(run_id, str(path), path.name)
+            else:
+                client().log_artifact(run_id, str(path))
+
+
+def find_marked_run(experiment: str, tag: str, value: str) -> str | None:
+    """Id of the run with a tag, None if there is none."""
+    with reported("look for the run"):
+        found = client().search_runs([_experiment_id(experiment)], f"tags.`{tag}` = '{value}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def close_abandoned(experiment: str, tag: str, value: str) -> None:
+    """Mark runs with a tag that are still open, and their children, as killed."""
+    with reported("close abandoned runs"):
+        where, is_open = [_experiment_id(experiment)], "attributes.status = 'RUNNING'"
+        for run in client().search_runs(where, f"tags.`{tag}` = '{value}' and {is_open}"):
+            query = f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and {is_open}"
+            for left in (*client().search_runs(where, query), run):
+                client().set_terminated(left.info.run_id, status="KILLED")
+
+
+def find_marked_version(name: str, tag: str, value: str) -> int | None:
+    """Number of the version with a tag, None if there is none."""
+    with reported(f"look for versions of model '{name}'"):
+        found = client().search_model_versions(f"name = '{name}'")
+    return next((int(version.version) for version in found if version.tags.get(tag) == value), None)
 
 
 def close_run(run_id: str, status: str = "FINISHED") -> None:
@@ -188,38 +187,6 @@ def _artifact_location() -> str | None:
 def _create_run(experiment_id: str, run_name: str, tags: Mapping[str, Any]) -> str:
     everywhere = {"mlflow.source.name": "entprune", "mlflow.source.type": "LOCAL"}
     return str(client().create_run(experiment_id, run_name=run_name, tags=everywhere | texts(tags)).info.run_id)
-
-
-def _summarise_setting(paths: Mapping[str, SparsityPath], number: int) -> dict[str, float]:
-    """Numbers by which settings are compared: smaller errors and more widths won are better."""
-    mean_errors = [float((path.settings[number].errors / path.num_consumers).mean()) for path in paths.values()]
-    won = sum(int((path.choice == number).sum()) for path in paths.values())
-    return {
-        "mean_error": float(np.mean(mean_errors)),
-        "worst_group_mean_error": max(mean_errors),
-        "widths_won_fraction": won / sum(len(path.choice) for path in paths.values()),
-        "levels": float(np.mean([len(path.settings[number].snapshots) for path in paths.values()])),
-        "complete_groups": sum(path.settings[number].status == "complete" for path in paths.values()),
-    }
-
-
-def _error_curve(setting_path: SettingPath, path: SparsityPath) -> list[Metric]:
-    """Error per consumer at widths 0..c, thinned out to what a plot can show; the step is the width."""
-    widths = np.unique(np.linspace(0, path.num_channels, _MAX_POINTS).round().astype(int))
-    errors = setting_path.errors / path.num_consumers
-    return [_metric(f"reconstruction_error.{path.group}", errors[width], int(width)) for width in widths]
-
-
-def _log_metrics(run_id: str, metrics: Sequence[Metric]) -> None:
-    with reported("log metrics"):
-        for part in parts(metrics, _METRICS_PER_REQUEST):
-            client().log_batch(run_id, metrics=part)
-
-
-def _metric(name: str, value: float, step: int) -> Metric:
-    from mlflow.entities import Metric
-
-    return Metric(key(name), float(value), int(time.time() * 1000), step)
 
 
 # --- MLflow's manners -------------------------------------------------------------------------------------------------
@@ -282,11 +249,13 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def reported(action: str) -> Iterator[None]:
-    """Turn what clients, databases and sockets raise into one sentence."""
+    """Turn what clients, databases and sockets raise into one sentence, without the minutes that clients wait."""
+    patience = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
     try:
-        yield
+        with _environment(patience):
+            yield
     except failures() as cause:
-        raise EngineError(
+        raise TrackingError(
             f"MLflow at '{_without_password(tracking_uri())}' could not {action} ({first_line(cause)}); "
             "check MLFLOW_TRACKING_URI and that the server runs."
         ) from cause
@@ -298,6 +267,10 @@ def failures() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return (MlflowException, SQLAlchemyError, OSError)
+
+
+def _code(error: BaseException) -> str | None:
+    return getattr(error, "error_code", None)
 
 
 def _without_password(uri: str) -> str:

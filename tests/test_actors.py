@@ -27,7 +27,7 @@ from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner, Runner, Work
 from entprune.search import search
 from entprune.stages import ImageSet, Network, analyse, calibrate, solve, solve_group
-from tasks import actors
+from tasks import actors, unit_queue
 from tasks.actors import RayRunner
 from tasks.cluster import Cluster, WorkerShape, connect, free_memory_bytes, object_store_bytes
 
@@ -238,7 +238,7 @@ def test_unit_of_a_killed_worker_is_done_again(
 
 
 def test_unit_that_always_kills_its_worker_is_given_up(runner: RayRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors, "_MAX_DEATHS", 1)
+    monkeypatch.setattr(unit_queue, "_MAX_DEATHS", 1)
     with pytest.raises(EngineError, match=r"stage 'test': the worker of one unit died 2 times .* more memory"):
         run_shared(runner, die, None, [0])
     assert run_shared(runner, add, 1, [1]) == [2]

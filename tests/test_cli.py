@@ -26,6 +26,7 @@ from entprune.models import build_model
 from flows import cli
 from tasks import registry, tracking
 from tasks.exported import ExportedNetwork
+from tasks.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -252,18 +253,42 @@ def run_program(program: str, *arguments: str, cwd: Path) -> subprocess.Complete
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_unreachable_tracking_server_is_one_sentence(
+def test_run_goes_on_without_the_tracking_server(
+    arguments: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check, output = tracking.check, Path(str(arguments["--output"]))
+
+    def run_unheard(_: Any) -> dict[str, Any]:
+        record = Record(output)
+        record.open_run("exp", "first", {})
+        output.mkdir()
+        record.settle()
+        return make_report()
+
+    install_flow(monkeypatch, run_unheard)
+    monkeypatch.setattr("tasks.tracking.check", check)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        assert run_prune(arguments) == 0
+    assert f"unrecorded entprune log {output}" in capsys.readouterr().out
+
+
+def test_wrong_tracking_address_is_one_sentence(
     arguments: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check = tracking.check
     install_flow(monkeypatch, fail_if_called)
     monkeypatch.setattr("tasks.tracking.check", check)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        assert run_prune(arguments) == 2
-    assert_one_sentence(capsys.readouterr().err, "no MLflow server answers at 'http://127.0.0.1:", "refused")
-    assert not Path(str(arguments["--output"])).exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://here")
+    assert run_prune(arguments) == 2
+    assert_one_sentence(capsys.readouterr().err, "no MLflow server answers at 'nonsense://here'", "MLFLOW_TRACKING_URI")
+
+
+def test_log_of_a_folder_without_a_record_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("log", str(tmp_path)) == 2
+    assert_one_sentence(capsys.readouterr().err, "found no tracking.json in it; check the path")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- what the flow raises ---------------------------------------------------------------------------------------------

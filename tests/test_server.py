@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 import pytest
+from httpx import ConnectError
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from entprune.errors import EngineError
-from flows.server import start_server
+from entprune.errors import DataError, EngineError
+from flows.server import finished, own_server, run_flow, start_server
 
 
 def test_server_that_does_not_answer_is_one_sentence() -> None:
@@ -42,3 +46,66 @@ def test_server_is_started_out_of_reach_of_ctrl_c(monkeypatch: pytest.MonkeyPatc
     start_server()
     assert seen == [(True, False)]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+# --- a server that is lost --------------------------------------------------------------------------------------------
+
+
+def lost() -> RuntimeError:
+    error = RuntimeError("crashed")
+    error.__cause__ = ConnectError("all connection attempts failed")
+    return error
+
+
+@pytest.fixture
+def own_servers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Counts own servers instead of starting them."""
+    started: list[str] = []
+
+    @contextmanager
+    def own_server() -> Iterator[None]:
+        started.append("own")
+        yield
+
+    monkeypatch.setattr("flows.server.start_server", lambda: None)
+    monkeypatch.setattr("flows.server.own_server", own_server)
+    return started
+
+
+def test_flow_is_run_again_on_a_server_of_its_own(own_servers: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    def flow(number: int) -> int:
+        if not own_servers:
+            raise lost()
+        return finished(number + 1)
+
+    assert run_flow(flow, 1) == 2
+    assert own_servers == ["own"]
+    assert caplog.messages == ["Prefect's server is lost (crashed); the run goes on with one of its own"]
+
+
+def test_finished_work_is_not_done_twice(own_servers: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    def flow(number: int) -> int:
+        finished(number + 1)
+        raise lost()  # while the end is reported
+
+    assert run_flow(flow, 1) == 2
+    assert own_servers == []
+    assert "the run is complete, but Prefect's server did not hear of it" in caplog.text
+
+
+def test_other_failures_are_the_flows_own(own_servers: list[str]) -> None:
+    def flow(number: int) -> int:
+        raise DataError("expected images, got none.")
+
+    with pytest.raises(DataError, match="expected images"):
+        run_flow(flow, 1)
+    assert own_servers == []
+
+
+def test_own_server_ignores_the_address_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        with own_server():
+            assert PREFECT_API_URL.value() is None
+        assert PREFECT_API_URL.value() == "http://127.0.0.1:9/api"
+    assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:9/api"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -104,6 +107,45 @@ def test_everything_kept_is_written_when_the_store_closes(tmp_path: Path) -> Non
     assert found == list(range(5))
 
 
+def test_no_more_than_two_results_wait_for_the_disk(tmp_path: Path) -> None:
+    release, kept = Event(), []
+
+    def save_slowly(path: Path) -> None:
+        release.wait(30)
+        save_number(1, path)
+
+    def keep_three() -> None:
+        for number in range(3):
+            store.keep("logits", str(number), save_slowly)
+            kept.append(number)
+
+    with Store(tmp_path) as store:
+        keeper = Thread(target=keep_three)
+        keeper.start()
+        keeper.join(0.3)
+        assert kept == [0, 1]
+        release.set()
+        keeper.join(30)
+        assert kept == [0, 1, 2]
+
+
+def test_what_killed_processes_left_is_cleared_after_a_day(tmp_path: Path) -> None:
+    torn = [tmp_path / "paths" / f".{name}.safetensors.ab.partial" for name in ("old", "new")]
+    torn[0].parent.mkdir()
+    for path in torn:
+        path.touch()
+    os.utime(torn[0], (0, 0))
+    with Store(tmp_path):
+        assert [path.exists() for path in torn] == [False, True]
+
+
+def test_room_is_a_tenth_of_the_free_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path / "not there yet" / "store")
+    free = shutil.disk_usage(tmp_path).free
+    assert store.has_room(free // 20)
+    assert not store.has_room(free // 5)
+
+
 def test_failure_to_save_is_logged_with_its_traceback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Store(tmp_path) as store:
         store.keep("logits", "key", lambda path: 1 / 0)
@@ -168,17 +210,19 @@ def all_keys(stage_keys: StageKeys) -> dict[str, str]:
     model = build_model("digits_cnn", num_classes=10, input_shape=(1, 8, 8))
     groups = find_groups(model, torch.zeros(2, 1, 8, 8))
     return {
+        "shard": stage_keys.shard(("a",), ("a",), (0, 8)),
         "answers": stage_keys.answers(("a",)),
         "moments": stage_keys.moments(("a",)),
         "path": stage_keys.path(groups.groups[0], PathSetting()),
         "candidate": stage_keys.candidate(full_plan(groups)),
         "logits": stage_keys.logits(model, stage_keys.validation),
+        "range": stage_keys.logits_range(stage_keys.logits(model, stage_keys.validation), (0, 8)),
         "finetuned": stage_keys.finetuned(model, FinetuneConfig(), stage_keys.validation),
     }
 
 
 BASE = StageKeys(network="n", calibration="c", validation="v", test="t", config=PruneConfig())
-STATISTICS = {"answers", "moments", "path", "candidate"}
+STATISTICS = {"shard", "answers", "moments", "path", "candidate"}
 
 
 @pytest.mark.parametrize(
@@ -186,14 +230,14 @@ STATISTICS = {"answers", "moments", "path", "candidate"}
     [
         ({"network": "other"}, STATISTICS | {"finetuned"}),
         ({"calibration": "other"}, STATISTICS),
-        ({"validation": "other"}, {"candidate", "logits", "finetuned"}),
+        ({"validation": "other"}, {"candidate", "logits", "range", "finetuned"}),
         ({"test": "other"}, set()),
         ({"config": PruneConfig(seed=1)}, STATISTICS),
         ({"config": PruneConfig(min_rows=9)}, STATISTICS),
-        ({"config": PruneConfig(threads=2)}, STATISTICS | {"logits"}),
+        ({"config": PruneConfig(threads=2)}, STATISTICS | {"logits", "range"}),
         ({"config": PruneConfig(relative_ridge=0.1)}, {"candidate"}),
-        ({"config": PruneConfig(correct_residuals=False)}, {"answers", "path", "candidate"}),
-        ({"config": PruneConfig(keep=("conv1",))}, {"answers", "path", "candidate"}),
+        ({"config": PruneConfig(correct_residuals=False)}, {"shard", "answers", "path", "candidate"}),
+        ({"config": PruneConfig(keep=("conv1",))}, {"shard", "answers", "path", "candidate"}),
         ({"config": PruneConfig(max_rounds=9, confidence=0.9, minimum_channels=2)}, set()),
     ],
 )

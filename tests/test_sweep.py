@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from entprune.datasets import ImageData, load_data, split_training
 from entprune.errors import OutputError
 from entprune.models import build_model
 from entprune.training import TrainConfig, train
+from flows.recording import record_again
 from flows.sweep import sweep
 from flows.sweep_inputs import preflight_sweep
 from flows.sweep_parameters import SweepParameters, parse_sweep
@@ -116,7 +118,7 @@ def test_chosen_network_is_the_smallest_within_the_budget_by_validation(
 
 def test_files_are_complete_and_name_no_folder(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
     folder = ground.folder / "first"
-    assert {path.name for path in folder.iterdir()} == {"sweep.json", "sweep.html", "chosen"}
+    assert {path.name for path in folder.iterdir()} == {"sweep.json", "sweep.html", "chosen", "tracking.json"}
     assert json.loads((folder / "sweep.json").read_text()) == first[0]
     assert json.loads((folder / "chosen" / "report.json").read_text())["one_shot"] == first[0]["chosen"]["one_shot"]
     assert str(ground.folder) not in (folder / "sweep.json").read_text() + (folder / "sweep.html").read_text()
@@ -141,6 +143,33 @@ def test_every_setting_is_a_child_run_and_the_chosen_one_is_registered(
     tracked = client.get_run(other["mlflow_run_id"]).data
     assert tracked.metrics["parameters"] == other["result"]["parameters"]
     assert tracked.params["loss_exponent"] == str(other["values"]["loss_exponent"])
+
+
+def test_sweep_without_mlflow_is_recorded_later(
+    ground: Ground, first: tuple[dict[str, Any], Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = ground.parameters("unheard", register="unheard")
+    with socket.socket() as unused, monkeypatch.context() as patch:
+        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        content, recorder = run(parameters)
+    assert recorder.units == []
+    assert content["chosen"]["registered_version"] is None
+    assert record_again(parameters.output)[0] > 0
+    assert record_again(parameters.output)[0] == 0
+    written = json.loads((parameters.output / "sweep.json").read_text())
+    assert written["chosen"]["registered_version"] == 1
+    client = MlflowClient()
+    parent = client.get_run(written["lineage"]["mlflow_run_id"])
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    children = client.search_runs([parent.info.experiment_id], query)
+    assert {child.info.run_id for child in children} == {s["mlflow_run_id"] for s in written["settings"]}
+    assert {parent.info.status, *(child.info.status for child in children)} == {"FINISHED"}
+    chosen = written["settings"][written["chosen"]["number"]]
+    assert client.get_model_version_by_alias("unheard", "challenger").run_id == chosen["mlflow_run_id"]
+    names = {artifact.path for artifact in client.list_artifacts(chosen["mlflow_run_id"])}
+    assert {"report.json", "report.html", "model"} <= names
+    assert chosen["mlflow_run_id"] in (parameters.output / "chosen" / "report.json").read_text()
 
 
 # --- the same answer everywhere ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ from entprune.errors import CertificateError, EngineError
 from entprune.evaluation import count_macs, count_parameters, measure
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope
 from tasks import registry, tracked_values, tracking
+from tasks.record import MARK, Record, TrackedRun
 
 ROOT = Path(__file__).resolve().parents[1]
 INPUT_SHAPE = (1, 8, 8)
@@ -72,10 +74,15 @@ def client(workplace: Path) -> MlflowClient:
 
 
 @pytest.fixture
-def run_id(client: MlflowClient) -> Iterator[str]:
-    opened = tracking.open_run("lenet", "first", {"data_sha256": "ab12", "unknown": None})
+def run(client: MlflowClient, tmp_path: Path) -> Iterator[TrackedRun]:
+    opened = Record(tmp_path / "out").open_run("lenet", "first", {"data_sha256": "ab12", "unknown": None})
     yield opened
-    tracking.close_run(opened)
+    opened.close()
+
+
+@pytest.fixture
+def run_id(run: TrackedRun) -> str:
+    return run.id
 
 
 def history(client: MlflowClient, run_id: str, name: str) -> dict[int, float]:
@@ -100,28 +107,28 @@ def test_closed_run_has_its_status_and_an_end(client: MlflowClient) -> None:
     assert info.end_time >= info.start_time
 
 
-def test_settings_and_stages_are_flattened(client: MlflowClient, run_id: str) -> None:
+def test_settings_and_numbers_are_flattened(client: MlflowClient, run: TrackedRun) -> None:
     many = {f"option{number}": number for number in range(130)}  # more than one request may carry
-    tracking.log_settings(run_id, {"model": "lenet", "config": {"keep": ("a", "b"), "exact": True, "no": None}, **many})
-    tracking.log_stage(run_id, {"dense": {"accuracy": 98.5, "latency_ms": {"1": 2}}, "text": "x", "none": None}, step=3)
-    run = client.get_run(run_id)
-    assert run.data.params["config.keep"] == '["a", "b"]'
-    assert run.data.params["config.exact"] == "true"
-    assert len(run.data.params) == 133
-    assert run.data.metrics == {"dense.accuracy": 98.5, "dense.latency_ms.1": 2.0}
-    assert history(client, run_id, "dense.accuracy") == {3: 98.5}
+    run.settings({"model": "lenet", "config": {"keep": ("a", "b"), "exact": True, "no": None}, **many})
+    run.numbers({"dense": {"accuracy": 98.5, "latency_ms": {"1": 2}}, "text": "x", "none": None}, step=3)
+    data = client.get_run(run.id).data
+    assert data.params["config.keep"] == '["a", "b"]'
+    assert data.params["config.exact"] == "true"
+    assert len(data.params) == 133
+    assert data.metrics == {"dense.accuracy": 98.5, "dense.latency_ms.1": 2.0}
+    assert history(client, run.id, "dense.accuracy") == {3: 98.5}
 
 
-def test_each_setting_gets_a_child_run_with_its_curves(client: MlflowClient, run_id: str) -> None:
+def test_each_setting_gets_a_child_run_with_its_curves(client: MlflowClient, run: TrackedRun) -> None:
     paths = {"conv 1": make_path("conv 1", 6), "features.3": make_path("features.3", 700)}
-    children = tracking.log_paths(run_id, paths)
+    children = [child.id for child in run.paths(paths)]
     assert len(children) == len(SETTINGS)
     for number, (child, setting) in enumerate(zip(children, SETTINGS, strict=True)):
-        run = client.get_run(child)
-        assert run.data.tags["mlflow.parentRunId"] == run_id
-        assert run.info.status == "FINISHED"
-        assert run.info.run_name == setting.label()
-        assert float(run.data.params["entropy_weight"]) == setting.entropy_weight
+        found = client.get_run(child)
+        assert found.data.tags["mlflow.parentRunId"] == run.id
+        assert found.info.status == "FINISHED"
+        assert found.info.run_name == setting.label()
+        assert float(found.data.params["entropy_weight"]) == setting.entropy_weight
         expected = paths["conv 1"].settings[number].errors / 2  # two consumers
         curve = history(client, child, "reconstruction_error.conv 1")
         assert curve == pytest.approx(dict(enumerate(expected)))
@@ -132,11 +139,37 @@ def test_each_setting_gets_a_child_run_with_its_curves(client: MlflowClient, run
     assert sum(won) == pytest.approx(1.0)
 
 
-def test_no_paths_give_no_child_runs(run_id: str) -> None:
-    assert tracking.log_paths(run_id, {}) == []
+def test_no_paths_give_no_child_runs(run: TrackedRun) -> None:
+    assert run.paths({}) == []
 
 
-def test_groups_are_logged_by_their_number(client: MlflowClient, run_id: str) -> None:
+def test_what_is_told_twice_is_there_once(client: MlflowClient, run_id: str) -> None:
+    for _ in range(2):
+        tracking.log_numbers(run_id, [("accuracy", 98.5, 1), ("accuracy", 99.0, 2)], 1_700_000_000_000)
+        tracking.log_params(run_id, {"model": "lenet"})
+    assert [metric.value for metric in client.get_metric_history(run_id, "accuracy")] == [98.5, 99.0]
+
+
+def test_marks_are_found_again(client: MlflowClient, run: TrackedRun) -> None:
+    mark = client.get_run(run.id).data.tags[MARK]
+    assert tracking.find_marked_run("lenet", MARK, mark) == run.id
+    assert tracking.find_marked_run("lenet", MARK, "other") is None
+    tags = {"certificate_passed": True, MARK: mark}
+    version = registry.register(run.id, make_network(), INPUT_SHAPE, "marked", tags=tags)
+    assert tracking.find_marked_version("marked", MARK, mark) == version
+    assert tracking.find_marked_version("marked", MARK, "other") is None
+    assert tracking.find_marked_version("unknown", MARK, mark) is None
+
+
+def test_run_of_a_killed_driver_is_closed_by_the_next_one(client: MlflowClient, tmp_path: Path) -> None:
+    killed, elsewhere = (Record(tmp_path / name).open_run("lenet", "killed", {}) for name in ("out", "other"))
+    child = killed.open_child("setting", {})
+    following = Record(tmp_path / "out").open_run("lenet", "next", {})
+    states = [client.get_run(run.id).info.status for run in (killed, child, elsewhere, following)]
+    assert states == ["KILLED", "KILLED", "RUNNING", "RUNNING"]
+
+
+def test_groups_are_logged_by_their_number(client: MlflowClient, run: TrackedRun) -> None:
     group = {
         "name": "a",
         "channels": 4,
@@ -145,20 +178,23 @@ def test_groups_are_logged_by_their_number(client: MlflowClient, run_id: str) ->
         "entropy": 0.1,
         "effective_channels": 1.5,
     }
-    tracking.log_groups(run_id, {"groups": [group, {**group, "kept": 3, "entropy": None}]})
-    assert history(client, run_id, "group.kept_fraction") == {0: 0.25, 1: 0.75}
-    assert history(client, run_id, "group.entropy") == {0: 0.1}
-    assert history(client, run_id, "group.effective_channels") == {0: 1.5, 1: 1.5}
+    run.groups({"groups": [group, {**group, "kept": 3, "entropy": None}]})
+    assert history(client, run.id, "group.kept_fraction") == {0: 0.25, 1: 0.75}
+    assert history(client, run.id, "group.entropy") == {0: 0.1}
+    assert history(client, run.id, "group.effective_channels") == {0: 1.5, 1: 1.5}
 
 
-def test_artifacts_are_stored_with_their_folders(client: MlflowClient, run_id: str, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "report.json").write_text('{"schema_version": 1}', encoding="utf-8")
-    (tmp_path / "model" / "model.json").write_text("{}", encoding="utf-8")
-    tracking.log_artifacts(run_id, tmp_path)
-    stored = Path(client.download_artifacts(run_id, "", str(tmp_path)))
+def test_artifacts_are_stored_with_their_folders(client: MlflowClient, run: TrackedRun, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "model").mkdir(parents=True)
+    (source / "report.json").write_text('{"schema_version": 1}', encoding="utf-8")
+    (source / "tracking.json").write_text("{}", encoding="utf-8")
+    (source / "model" / "model.json").write_text("{}", encoding="utf-8")
+    run.artifacts(source)
+    stored = Path(client.download_artifacts(run.id, "", str(tmp_path)))
     assert json.loads((stored / "report.json").read_text(encoding="utf-8")) == {"schema_version": 1}
-    assert [entry.path for entry in client.list_artifacts(run_id, "model")] == ["model/model.json"]
+    assert [entry.path for entry in client.list_artifacts(run.id, "model")] == ["model/model.json"]
+    assert {entry.path for entry in client.list_artifacts(run.id)} == {"model", "report.json"}
 
 
 LOAD_AND_ANSWER = """
@@ -295,7 +331,7 @@ def test_unreachable_server_is_one_sentence_within_seconds(monkeypatch: pytest.M
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
         start = time.monotonic()
         with pytest.raises(
-            EngineError, match=r"no MLflow server answers at 'http://127.0.0.1:\d+' \(.*refused.*\); start it"
+            tracking.TrackingError, match=r"no MLflow server answers at 'http://127.0.0.1:\d+' \(.*refused.*\); start"
         ):
             tracking.check()
     assert time.monotonic() - start < 10
@@ -317,6 +353,12 @@ def test_wrong_address_is_one_sentence_without_the_password(monkeypatch: pytest.
     with pytest.raises(EngineError, match="no MLflow server answers at") as caught:
         tracking.check()
     assert "secret" not in str(caught.value)
+    assert isinstance(caught.value, tracking.TrackingError) == (uri.startswith("postgresql") and has_driver())
+
+
+def has_driver() -> bool:
+    """Whether PostgreSQL can be spoken to: without its driver the address is at fault, not the server."""
+    return importlib.util.find_spec("psycopg2") is not None
 
 
 def test_registering_leaves_the_environment_alone(run_id: str) -> None:
@@ -332,7 +374,7 @@ import numpy, torch
 from tasks import registry, tracking
 tracking.check()
 run_id = tracking.open_run("quiet", "first", {})
-tracking.log_stage(run_id, {"accuracy": 1.0})
+tracking.log_numbers(run_id, [("accuracy", 1.0, 0)], 1)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
 registry.register(run_id, model, (1, 2, 2), "quiet", tags={"certificate_passed": True})
 registry.load_registered("models:/quiet@challenger")
