@@ -7,6 +7,7 @@ import threading
 from contextvars import copy_context
 
 from entprune.errors import EngineError
+from tasks.redaction import clean_cause, redact
 
 
 def start_server() -> None:
@@ -25,8 +26,9 @@ def start_server() -> None:
     if problems:
         reason = str(problems[0]).strip().split("\n", 1)[0] or type(problems[0]).__name__
         raise EngineError(
-            f"Prefect's server does not answer ({reason}); check PREFECT_API_URL, or unset it to run without a server."
-        ) from problems[0]
+            f"Prefect's server does not answer ({redact(reason)}); check PREFECT_API_URL, or unset it to run without "
+            "a server."
+        ) from clean_cause(problems[0])
 
 
 def _start(problems: list[BaseException]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import time
 import warnings
@@ -25,6 +24,7 @@ import numpy as np
 
 from entprune.errors import EngineError
 from entprune.path import SettingPath, SparsityPath
+from tasks.redaction import clean_cause, redact
 from tasks.tracked_values import flatten, key, parts, text, texts
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def check() -> None:
             client().search_experiments(max_results=1)
     except mendable as cause:
         raise EngineError(
-            f"no MLflow server answers at '{_without_password(uri)}' ({_root_cause(cause)}); start it, correct "
+            f"no MLflow server answers at '{redact(uri)}' ({redact(_root_cause(cause))}); start it, correct "
             "MLFLOW_TRACKING_URI, or unset it to keep the runs in mlflow.db here."
-        ) from cause
+        ) from clean_cause(cause)
 
 
 def database_file() -> Path | None:
@@ -287,9 +287,9 @@ def reported(action: str) -> Iterator[None]:
         yield
     except failures() as cause:
         raise EngineError(
-            f"MLflow at '{_without_password(tracking_uri())}' could not {action} ({first_line(cause)}); "
+            f"MLflow at '{redact(tracking_uri())}' could not {action} ({redact(first_line(cause))}); "
             "check MLFLOW_TRACKING_URI and that the server runs."
-        ) from cause
+        ) from clean_cause(cause)
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -298,10 +298,6 @@ def failures() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return (MlflowException, SQLAlchemyError, OSError)
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/]*@", "//", uri)
 
 
 def _root_cause(error: BaseException) -> str:
