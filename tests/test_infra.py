@@ -50,6 +50,12 @@ def find_pods(node: Any) -> list[dict[str, Any]]:
     return [node] * ("containers" in node) + [pod for entry in node.values() for pod in find_pods(entry)]
 
 
+def find_claims(manifest: dict[str, Any]) -> set[str]:
+    """Volumes that a manifest makes for its pods."""
+    specs = [entry.get("spec", {}) for entry in manifest.get("items", ())]
+    return {claim["metadata"]["name"] for spec in specs for claim in spec.get("volumeClaimTemplates", ())}
+
+
 # --- Prefect ----------------------------------------------------------------------------------------------------------
 
 
@@ -198,32 +204,47 @@ def test_ray_accepts_its_cluster() -> None:
     assert config["max_workers"] == len(config["provider"]["worker_ips"])
 
 
-@pytest.mark.parametrize("name", ["storage.yaml", "raycluster.yaml", "rayjob.yaml"])
+@pytest.mark.parametrize("name", ["storage.yaml", "servers.yaml", "raycluster.yaml", "rayjob.yaml"])
 def test_kubernetes_knows_every_field(name: str) -> None:
     validate = pytest.importorskip("kubernetes_validate")
     manifest = yaml.safe_load((INFRA / "kuberay" / name).read_text())
-    if manifest["apiVersion"] == "v1":
-        validate.validate(manifest, validate.latest_version(), strict=True)
+    if manifest["apiVersion"] != "ray.io/v1":
+        for entry in manifest.get("items", [manifest]):
+            validate.validate(entry, validate.latest_version(), strict=True)
         return
     for pod in find_pods(manifest):  # Ray's own kinds are not Kubernetes', the pods in them are
         wrapped = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": pod}
         validate.validate(wrapped, validate.latest_version(), strict=True)
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
-def test_pods_are_bounded_and_not_root(name: str) -> None:
+def test_servers_on_kubernetes_find_each_other() -> None:
+    entries = yaml.safe_load((INFRA / "kuberay/servers.yaml").read_text())["items"]
+    services = [entry for entry in entries if entry["kind"] == "Service"]
+    names = {entry["metadata"]["name"] for entry in services}
+    templates = [entry["spec"]["template"] for entry in entries if "template" in entry.get("spec", {})]
+    labels = {template["metadata"]["labels"]["app"] for template in templates}
+    assert {entry["spec"]["selector"]["app"] for entry in services} <= labels
+    assert not any("type" in entry["spec"] for entry in services)  # none is open to the outside
+    text = (INFRA / "kuberay/servers.yaml").read_text()
+    hosts = set(re.findall(r"(?://|@)([a-z][a-z-]*)[:/]", re.sub(r"//\S+@", "@", text)))
+    assert hosts == names | {"localhost", "entprune-head-svc"}
+
+
+@pytest.mark.parametrize(("name", "count"), [("raycluster.yaml", 3), ("rayjob.yaml", 3), ("servers.yaml", 4)])
+def test_pods_are_bounded_and_not_root(name: str, count: int) -> None:
     manifest = yaml.safe_load((INFRA / "kuberay" / name).read_text())
-    assert manifest["apiVersion"] == "ray.io/v1"
-    pods = find_pods(manifest)
-    assert len(pods) == 3
+    pods, claims = find_pods(manifest), find_claims(manifest)
+    assert len(pods) == count
     for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"] is True
-        declared = {volume["name"] for volume in pod["volumes"]}
+        declared = {volume["name"] for volume in pod["volumes"]} | claims
         for container in pod["containers"]:
             assert {"requests", "limits"} <= set(container["resources"])
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert {mount["name"] for mount in container["volumeMounts"]} <= declared
-            assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+            is_in_ray = any(mount["name"] == "ray-token" for mount in container["volumeMounts"])
+            assert ({"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]) is is_in_ray
+            assert is_in_ray or name == "servers.yaml"
 
 
 def test_clusters_run_the_release_of_ray_that_is_allowed_here() -> None:
