@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from mlflow import MlflowClient
+from prefect.deployments.runner import EntrypointType
 from pydantic import ValidationError
 from torch import nn
 
@@ -151,6 +152,7 @@ def test_served_runs_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None
     )
     serving.serve_pruning(parameters, name="nightly", cron="0 2 * * *", timezone="UTC")
     assert (given["limit"], given["global_limit"]) == (1, 1)
+    assert given["entrypoint_type"] is EntrypointType.MODULE_PATH
     assert PruneParameters.model_validate(given["parameters"]["parameters"]) == parameters
     assert given["schedule"].cron == "0 2 * * *"
 
