@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.deployments.runner import EntrypointType
 from prefect.schedules import Cron
 from prefect.settings import get_current_settings
+from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 
 from entprune.errors import ConfigError, EngineError
@@ -53,5 +53,5 @@ def serve_pruning(parameters: PruneParameters, *, name: str, cron: str, timezone
         global_limit=1,  # of this deployment, wherever else it may be served
         limit=1,  # of this process
         print_starting_message=False,
-        entrypoint_type=EntrypointType.MODULE_PATH,  # a path would have to lie below the present folder
+        entrypoint_type=EntrypointType.MODULE_PATH,  # a path would count from the present folder
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer
 from mlflow import MlflowClient
-from prefect.deployments.runner import EntrypointType
+from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 from torch import nn
 
