@@ -34,6 +34,18 @@ def check_registry_name(name: str) -> str:
     return name
 
 
+def require_registry_name(field: str, name: str) -> None:
+    """The same for a name of the command line.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        check_registry_name(name)
+    except ValueError as cause:
+        raise ConfigError(f"{field}: {cause}, got '{name}'; correct the value.") from cause
+
+
 RegistryName = Annotated[str, AfterValidator(check_registry_name)]
 
 with warnings.catch_warnings():

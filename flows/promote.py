@@ -79,7 +79,7 @@ def promote(parameters: PromoteParameters) -> dict[str, Any]:
 
 
 @flow(name="roll-back-model", persist_result=False)
-def rollback(name: str) -> dict[str, Any]:
+def rollback(name: RegistryName) -> dict[str, Any]:
     """Put the previous champion of a registered model back.
 
     Args:

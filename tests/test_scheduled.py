@@ -12,8 +12,10 @@ import importlib.util
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import urllib.error
 import venv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -304,3 +306,25 @@ def test_second_run_waits_for_the_pool(site: Site, champion: Any) -> None:
         spans.append((times["RUNNING"], times["COMPLETED"]))
     (_, first_end), (second_start, _) = sorted(spans)
     assert first_end <= second_start
+
+
+def test_served_schedule_ends_with_ctrl_c(site: Site) -> None:
+    log = site.folder / "schedule.log"
+    given = ["--model", "digits_cnn", "--checkpoint", "checkpoints/digits.safetensors", "--data", "digits"]
+    given += ["--max-accuracy-drop", "1.0", "--output", "runs/served"]
+    command = [sys.executable, "-m", "flows.cli", "schedule", "--cron", "0 2 * * *", "--name", "served", *given]
+
+    def find_schedule() -> list[dict[str, Any]]:
+        with contextlib.suppress(urllib.error.HTTPError):  # 404 until it is there
+            return site.deployment("prune-model/served")["schedules"]
+        return []
+
+    with servers.running(command, log, environment=site.environment, folder=site.folder) as process:
+        servers.wait_until(lambda: find_schedule() != [], "the schedule is served")
+        assert find_schedule()[0]["active"] is True
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    assert find_schedule()[0]["active"] is False
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "schedule   served: 0 2 * * * (UTC); end it with Ctrl-C"
+    assert "Traceback" not in "\n".join(lines)

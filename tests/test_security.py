@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from entprune.checkpoints import load_state
 from entprune.errors import CheckpointError, ConfigError, EngineError, OutputError
-from flows import environment, places, watch
+from flows import cli, environment, places, watch
 from flows.parameters import PruneParameters, parse_parameters
 from flows.preflight import check_output_file, check_output_folder, load_inputs
 from flows.promote import PromoteParameters
@@ -27,6 +27,7 @@ from tasks.redaction import clean_cause, redact
 from tasks.registry import RegisteredVersion
 
 SECRET = "s3cret-of-the-tests"  # noqa: S105 -- of nobody
+TRAIN = ["--model", "digits_cnn", "--data", "digits", "--output", "dense.safetensors"]
 PRUNE = {"data": "digits", "macs_removed": 0.5, "output": "runs/out"}
 
 
@@ -110,6 +111,17 @@ def test_names_of_the_registry_are_no_paths(name: str) -> None:
     ):
         with pytest.raises((ValidationError, ConfigError), match="expected a name"):
             make()
+
+
+@pytest.mark.parametrize("command", [["rollback"], ["train", *TRAIN, "--register"]])
+def test_command_refuses_a_name_that_is_a_path(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "../net"])
+    assert "expected a name of letters" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def _base(**changes: Any) -> dict[str, Any]:
