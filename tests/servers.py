@@ -111,7 +111,7 @@ class Postgres:
 def find_postgres() -> Path | None:
     """Folder of PostgreSQL's programs: on the path, or where Debian's packages put them."""
     if (found := shutil.which("initdb")) is not None:
-        return Path(found).parent
+        return Path(found).resolve().parent  # a link says nothing about the other programs
     releases = sorted(_DEBIAN.glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
     return releases[-1].parent if releases else None
 
