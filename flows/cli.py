@@ -73,8 +73,10 @@ def _run(arguments: list[str]) -> int:
 
 def _explain(error: Exception, *, is_verbose: bool) -> int:
     """Print one sentence about an error and return the exit code."""
+    from tasks.redaction import redact
+
     if is_verbose:
-        traceback.print_exception(error)
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")  # noqa: T201 -- as Python does
     if hasattr(error, "format_message"):  # a usage error
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "entprune"
@@ -85,7 +87,7 @@ def _explain(error: Exception, *, is_verbose: bool) -> int:
         _print_error(str(mendable))
         return 2
     hint = "" if is_verbose else "; run again with --verbose for the traceback"
-    _print_error(f"unexpected {type(error).__name__}: {str(error).rstrip('.') or 'no message'}{hint}.")
+    _print_error(redact(f"unexpected {type(error).__name__}: {str(error).rstrip('.') or 'no message'}{hint}."))
     return 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 _DEFAULTS = {
     # Nothing that runs from here reports home.
@@ -21,12 +22,31 @@ _DEFAULTS = {
     # Workers without a GPU of their own see none, as Ray will have it from its next major version on.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
+ROOT_VARIABLE = "ENTPRUNE_ROOT"
 
 
 def set_defaults() -> None:
     """Set what the user has not set; before Prefect is imported, which reads its settings then."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    _take_password_out_of_address()
+
+
+def _take_password_out_of_address() -> None:
+    """Move `user:password@` of a server's address to where MLflow looks for it, too: addresses get into messages."""
+    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if parts.scheme not in {"http", "https"} or parts.username is None:
+        return
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username))
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    os.environ["MLFLOW_TRACKING_URI"] = bare.geturl()
+
+
+def allowed_root() -> Path | None:
+    """Folder that runs may not leave, None where they may."""
+    root = os.environ.get(ROOT_VARIABLE)
+    return Path(root).resolve() if root else None
 
 
 def cluster_address(given: str | None) -> str | None:

@@ -95,6 +95,9 @@ def promote(
 
 def rollback(*, name: NameArgument, verbose: VerboseOption = False) -> int:  # noqa: ARG001 -- read by the outermost frame
     """Put the previous champion back."""
+    from flows.parameters import require_registry_name
+
+    require_registry_name("NAME", name)
     done = _run_flow(name, "champion", lambda flows: flows.rollback(name))
     _say(f"[bold]champion[/bold]   version {done['to']} of '{escape(name)}', in place of version {done['from']}")
     return 0
@@ -155,10 +158,12 @@ def prune_values(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_registry(name: str | None) -> None:
-    """Require that the tracking server answers, if something is to be registered."""
+    """Require that the name is one and the tracking server answers, if something is to be registered."""
     if name is not None:
+        from flows.parameters import require_registry_name
         from tasks import tracking
 
+        require_registry_name("--register", name)
         tracking.check()
 
 

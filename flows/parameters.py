@@ -6,9 +6,9 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from entprune import Budget, PruneConfig
 from entprune.errors import ConfigError
@@ -16,83 +16,108 @@ from entprune.finetune import FinetuneConfig
 
 _DEFAULTS = PruneConfig()
 _FINETUNING = FinetuneConfig()
-_REGISTRY_NAME = re.compile(r"[^/:\s]([^/:]*[^/:\s])?")
+_REGISTRY_NAME = re.compile(r"\w([\w .+()-]*[\w+()-])?")  # also a part of paths, addresses and filter expressions
 _OWN_FIELDS = (
     "calibration_samples", "validation_samples", "device", "seed", "keep", "round_to", "minimum_channels",
     "minimum_fraction",
 )  # fmt: skip
 
+
+def check_registry_name(name: str) -> str:
+    """Return a name of the model registry as it came.
+
+    Raises:
+        ValueError: it could not be told from a part of a path, an address or a filter expression.
+    """
+    if _REGISTRY_NAME.fullmatch(name) is None:
+        raise ValueError("expected a name of letters, digits, spaces and _.+()- that starts with a letter or digit")
+    return name
+
+
+def require_registry_name(field: str, name: str) -> None:
+    """The same for a name of the command line.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        check_registry_name(name)
+    except ValueError as cause:
+        raise ConfigError(f"{field}: {cause}, got '{name}'; correct the value.") from cause
+
+
+RegistryName = Annotated[str, AfterValidator(check_registry_name)]
+
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which no model needs
 
-    class PruneParameters(BaseModel):
-        """What the `prune_model` flow is asked to do: plain values, so that a deployment can hold them as JSON.
+    class PruneRequest(BaseModel):
+        """What a pruning run is asked for, apart from the network: plain values, so that a deployment can hold them."""
 
-        Attributes:
-            model: model specification.
-            checkpoint: file with its parameters.
-            data: data specification; `data_root`, `mean` and `std` go with it.
-            max_accuracy_drop, parameters_removed, macs_removed, latency_removed: the budget, at least one of them.
-            latency_batch: images in one forward pass where latency is measured.
-            finetune_epochs: epochs of distillation after pruning; `finetune_learning_rate`, `finetune_optimiser` and
-                `finetune_batch_size` go with it.
-            rounds: how often to prune and to tune in turns.
-            workers: Ray actors; None for as many as the cluster's CPUs allow.
-            gpus_per_worker: GPUs that each of them reserves, a fraction where several share one.
-            ray_address: cluster to join; None for RAY_ADDRESS, or else a cluster of this machine's own.
-            register: name under which the result is registered; None for not at all.
-            keep: shell patterns of layers that must not change.
-            round_to: widths of layers are multiples of this.
-            minimum_channels, minimum_fraction: floor of every group's width.
-            dense_version: registered version that the checkpoint came from, for the record.
-            output: folder of the report and the smaller network.
-            cache_dir: folder of the stages' results; None for the flow's own choice.
-            experiment: of MLflow.
-            overrides: further fields of :class:`entprune.PruneConfig`.
-        """
+        model_config = ConfigDict(
+            frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+        )  # the texts below the fields are what Prefect's page shows beside them
 
-        model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-        model: str
-        checkpoint: Path
         data: str
+        """Data: digits, mnist, cifar10 and the like, npz:FILE, imagefolder:DIR or package.module:factory."""
         data_root: Path | None = None
+        """Folder of data sets that are downloaded."""
         mean: tuple[float, ...] | None = None
+        """Mean of each channel that the network was trained with; that of the data set by default."""
         std: tuple[float, ...] | None = None
+        """Standard deviation of each channel, likewise."""
         max_accuracy_drop: float | None = None
+        """Budget: accuracy points that may be lost. At least one budget must be given."""
         parameters_removed: float | None = None
+        """Budget: fraction of the parameters to remove."""
         macs_removed: float | None = None
+        """Budget: fraction of the multiply-accumulates to remove."""
         latency_removed: float | None = None
+        """Budget: fraction of the CPU latency to remove, measured where the run is."""
         latency_batch: int = 64
+        """Images in one forward pass where latency is measured."""
         finetune_epochs: int = Field(default=0, ge=0)
+        """Epochs of distillation after pruning; 0 for none."""
         rounds: int = Field(default=1, ge=1)
+        """How often to prune and to tune in turns; more than 1 needs finetune_epochs."""
         finetune_learning_rate: float = _FINETUNING.learning_rate
+        """Peak of the learning rate of the distillation."""
         finetune_optimiser: str = _FINETUNING.optimiser
+        """Optimiser of the distillation."""
         finetune_batch_size: int = _FINETUNING.batch_size
+        """Images in one step of the distillation."""
         calibration_samples: int | None = Field(default=_DEFAULTS.calibration_samples, ge=1)
+        """Training images for the statistics; more by default for small networks."""
         validation_samples: int | None = Field(default=_DEFAULTS.validation_samples, ge=1)
+        """Further training images that candidates are compared on."""
         workers: int | None = Field(default=None, ge=1)
+        """Ray actors at work side by side; by default as many as the cluster's CPUs allow."""
         gpus_per_worker: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+        """GPUs that each worker reserves; 0.5 where two share one."""
         ray_address: str | None = None
+        """Ray cluster to join; by default RAY_ADDRESS, or else a cluster of the machine's own."""
         device: str = _DEFAULTS.device
-        register: str | None = None
+        """Where the heavy work runs: cpu or cuda."""
+        register: RegistryName | None = None
+        """Name in the model registry under which the result becomes a version; by default none."""
         seed: int = Field(default=_DEFAULTS.seed, ge=0)
+        """Seed of every random choice."""
         keep: tuple[str, ...] = ()
+        """Shell patterns of layers that must not change."""
         round_to: int = Field(default=_DEFAULTS.round_to, ge=1)
+        """Widths of layers are multiples of this; 8 suits most hardware."""
         minimum_channels: int = Field(default=_DEFAULTS.minimum_channels, ge=1)
+        """Channels that every group keeps at least."""
         minimum_fraction: float = Field(default=_DEFAULTS.minimum_fraction, ge=0.0, le=1.0)
-        dense_version: str | None = None
+        """Fraction of its channels that every group keeps at least."""
         output: Path
+        """Folder of the report and the smaller network; an earlier result there is replaced."""
         cache_dir: Path | None = None
+        """Folder of the stages' results, from which an interrupted run goes on; by default .entprune."""
         experiment: str = Field(default="entprune", min_length=1)
+        """Experiment of MLflow that the run is filed under."""
         overrides: dict[str, Any] = Field(default_factory=dict)
-
-        @field_validator("register")
-        @classmethod
-        def _check_register(cls, name: str | None) -> str | None:
-            if name is not None and _REGISTRY_NAME.fullmatch(name) is None:
-                raise ValueError("expected a name without '/', ':' and outer spaces")
-            return name
+        """Further fields of entprune.PruneConfig."""
 
         @field_validator("overrides")
         @classmethod
@@ -153,6 +178,18 @@ with warnings.catch_warnings():
                 return PruneConfig.from_dict({**self.overrides, **own})
             except (TypeError, AttributeError) as cause:  # a value of another type, or an unknown part of a setting
                 raise ConfigError(f"overrides: {cause}; see entprune.PruneConfig for names and types.") from cause
+
+    class PruneParameters(PruneRequest):
+        """What the `prune-model` flow is asked to do: a network, and what to do with it."""
+
+        model: str
+        """Network: a built-in name such as lenet, torchvision:NAME, or package.module:factory."""
+        checkpoint: Path
+        """File with its trained parameters: .pt, .pth or .safetensors."""
+        dense_version: str | None = None
+        """Registered version that the checkpoint came from, for the record."""
+        register: RegistryName | None = None  # again: pydantic would inherit ABCMeta.register as its default
+        """Name in the model registry under which the result becomes a version; by default none."""
 
 
 def parse_parameters(values: Mapping[str, Any]) -> PruneParameters:

@@ -20,8 +20,9 @@ from entprune.errors import OutputError
 from entprune.evaluation import resolve_device
 from entprune.models import build_model
 from entprune.stages import Network, analyse
-from flows.environment import cluster_address
+from flows.environment import cache_folder, cluster_address
 from flows.parameters import PruneParameters
+from flows.places import check_place, data_place
 
 REPORT_NAME = "report.json"  # marks a folder as the result of an earlier run, which may be replaced
 
@@ -65,6 +66,10 @@ def preflight(parameters: PruneParameters) -> LoadedInputs:
 def load_inputs(parameters: PruneParameters, data: ImageData | None = None) -> LoadedInputs:
     """Load and analyse a network, and the data unless they are there already; errors as for :func:`preflight`."""
     config = parameters.config()
+    for field in ("checkpoint", "data_root"):
+        check_place(field, getattr(parameters, field))
+    check_place("data", data_place(parameters.data))
+    check_place("cache_dir", cache_folder(parameters.cache_dir))
     if cluster_address(parameters.ray_address) is None:
         resolve_device(parameters.device)  # on a cluster the workers' devices count, not this machine's
     checkpoint_sha256 = sha256_file(parameters.checkpoint)
@@ -104,9 +109,11 @@ def check_output_folder(folder: Path, marker: str = REPORT_NAME) -> None:
         marker: file by which an earlier result is known.
 
     Raises:
-        OutputError: it is a file, lies below one, cannot be written, or holds files of another origin.
+        OutputError: it is a file, lies below one, cannot be written, or holds files of another origin. ConfigError: it
+            is outside of what ENTPRUNE_ROOT allows.
     """
     folder = Path(folder).absolute()
+    check_place("output", folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise OutputError(
             f"output '{folder}': expected a new or empty folder, or the result of an earlier run, got other files; "
@@ -119,9 +126,10 @@ def check_output_file(path: Path) -> None:
     """Require that a file may be written there, without writing.
 
     Raises:
-        OutputError: it is a folder, lies below a file, or its folder cannot be written.
+        OutputError: it is a folder, lies below a file, or its folder cannot be written. ConfigError: as above.
     """
     path = Path(path).absolute()
+    check_place("output", path)
     if path.is_dir():
         raise OutputError(f"output '{path}': expected the name of a file, got a folder; add a file name.")
     _check_writable(path, path.parent)

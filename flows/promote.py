@@ -14,31 +14,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from entprune.errors import ConfigError, DataError
 from entprune.evaluation import accuracy as measure_accuracy
-from flows.parameters import describe_validation
+from flows.parameters import RegistryName, describe_validation
 from flows.sources import load_matching_data, load_network
 from tasks import promotion, registry
 
 
 class PromoteParameters(BaseModel):
-    """What the `promote` flow is asked to do.
+    """What the `promote` flow is asked to do."""
 
-    Attributes:
-        name: registered model.
-        version: number or alias of the challenger.
-        max_accuracy_drop: points that may be lost beside the dense network; None for the version's own budget, or one.
-        data: data specification on whose test images the challenger is measured again; None for the recorded accuracy.
-        data_root: folder of the data.
-        device: where it is measured.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    name: str = Field(min_length=1)
+    name: RegistryName
+    """Registered model."""
     version: str = registry.CHALLENGER
+    """Number or alias of the challenger."""
     max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=100.0)
+    """Points that may be lost beside the dense network; by default the version's own budget, or one."""
     data: str | None = None
+    """Data on whose test images the challenger is measured again; by default the recorded accuracy counts."""
     data_root: Path | None = None
+    """Folder of the data."""
     device: str = "cpu"
+    """Where it is measured: cpu or cuda."""
 
     @model_validator(mode="after")
     def _check_data(self) -> Self:
@@ -63,6 +60,9 @@ def parse_promotion(values: dict[str, Any]) -> PromoteParameters:
 def promote(parameters: PromoteParameters) -> dict[str, Any]:
     """Make a registered version the champion if the rule allows it.
 
+    Args:
+        parameters: which version, and what it may have lost.
+
     Returns:
         The verdict: `accepted`, `reason`, `version`, `champion` (before), `checks`. A refusal is a verdict, no failure.
 
@@ -79,8 +79,11 @@ def promote(parameters: PromoteParameters) -> dict[str, Any]:
 
 
 @flow(name="roll-back-model", persist_result=False)
-def rollback(name: str) -> dict[str, Any]:
+def rollback(name: RegistryName) -> dict[str, Any]:
     """Put the previous champion of a registered model back.
+
+    Args:
+        name: registered model.
 
     Returns:
         Numbers of the version that was champion (`from`) and of the one that is now (`to`).

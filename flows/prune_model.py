@@ -68,6 +68,9 @@ class Outcome:
 def prune_model(parameters: PruneParameters) -> dict[str, Any]:
     """Prune a network; write, log and register the result.
 
+    Args:
+        parameters: the network, the data, the budget, and where the result goes.
+
     Returns:
         The content of report.json.
 

@@ -12,6 +12,7 @@ from contextvars import ContextVar, copy_context
 from typing import Any
 
 from entprune.errors import EngineError
+from tasks.redaction import clean_cause, redact
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def start_server() -> None:
         raise EngineError(
             f"Prefect's server does not answer ({_reason(problems[0])}); check PREFECT_API_URL, or unset it to run "
             "without a server."
-        ) from problems[0]
+        ) from clean_cause(problems[0])
 
 
 def _start(problems: list[BaseException]) -> None:
@@ -117,4 +118,4 @@ def _is_lost_server(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+    return redact(str(error).strip().split("\n", 1)[0]) or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.schedules import Cron
 from prefect.settings import get_current_settings
+from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 
 from entprune.errors import ConfigError, EngineError
@@ -52,4 +53,5 @@ def serve_pruning(parameters: PruneParameters, *, name: str, cron: str, timezone
         global_limit=1,  # of this deployment, wherever else it may be served
         limit=1,  # of this process
         print_starting_message=False,
+        entrypoint_type=EntrypointType.MODULE_PATH,  # a path would count from the present folder
     )

@@ -39,6 +39,9 @@ from tasks.workload import Engine, Workload
 def sweep(parameters: SweepParameters) -> dict[str, Any]:
     """Search over hyperparameters; write, log and register what came out.
 
+    Args:
+        parameters: what all settings have in common, what they differ by, and how one is chosen.
+
     Returns:
         The content of sweep.json.
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from entprune.config import PruneConfig
 from entprune.errors import ConfigError
 from entprune.path import PathSetting
-from flows.parameters import PruneParameters, describe_validation, parse_parameters
+from flows.parameters import PruneParameters, RegistryName, describe_validation, parse_parameters
 
 _DEFAULTS = PruneConfig()
 BUDGET_FIELDS = ("max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed")
@@ -37,20 +37,18 @@ _MAX_SETTINGS = 1000
 
 
 class Range(BaseModel):
-    """Where random values of one field come from: an interval, or a list of choices.
+    """Where random values of one field come from: an interval, or a list of choices."""
 
-    Attributes:
-        low, high: ends of the interval; of a field that takes whole numbers, both may be drawn.
-        log: whether the logarithm is uniform.
-        choices: the values, instead of an interval.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     low: float | None = None
+    """Lower end of the interval."""
     high: float | None = None
+    """Upper end; of a field that takes whole numbers, both ends may be drawn."""
     log: bool = False
+    """Whether the logarithm is uniform."""
     choices: tuple[Any, ...] = ()
+    """The values, instead of an interval."""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,19 +82,16 @@ class Range(BaseModel):
 
 
 class RandomSearch(BaseModel):
-    """Random draws; each field's do not depend on which others are drawn, nor the first ones on how many follow.
+    """Random draws; each field's do not depend on which others are drawn, nor the first ones on how many follow."""
 
-    Attributes:
-        samples: how many.
-        seed: of the draws.
-        ranges: field to where its values come from.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     samples: int = Field(ge=1, le=_MAX_SETTINGS)
+    """How many draws."""
     seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
     ranges: dict[str, Range] = Field(min_length=1)
+    """Field to where its values come from."""
 
     def draws(self) -> list[dict[str, Any]]:
         """One mapping of field to value per sample."""
@@ -108,17 +103,14 @@ class RandomSearch(BaseModel):
 
 
 class Choice(BaseModel):
-    """Which setting's network is handed out; judged on validation images alone.
+    """Which setting's network is handed out; judged on validation images alone."""
 
-    Attributes:
-        max_accuracy_drop: points that the upper confidence bound of the drop may reach; None for the base's budget.
-        smallest: what is made small among those within it. Without any accuracy budget, the setting that loses least.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_accuracy_drop: float | None = Field(default=None, ge=0.0, lt=100.0)
+    """Points that the upper confidence bound of the drop may reach; by default the base's budget."""
     smallest: Literal["parameters", "macs", "latency"] = "parameters"
+    """What is made small among those within it. Without any accuracy budget, the setting that loses least counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,28 +130,25 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which no model needs
 
     class SweepParameters(BaseModel):
-        """What the `sweep` flow is asked to do: plain values, as a YAML file or a deployment holds them.
+        """What the `sweep` flow is asked to do: plain values, as a YAML file or a deployment holds them."""
 
-        Attributes:
-            base: what all settings have in common: fields of PruneParameters, PruneConfig and PathSetting. Its budgets
-                count where none is swept.
-            grid: field to the list of its values; every combination is a setting.
-            random: random draws; with a grid too, each of its points is combined with each draw.
-            choose: rule by which one setting's network is chosen.
-            early_stop: whether settings that are clearly worse than another are given up.
-            output: folder of the results.
-            register: name under which the chosen network is registered; None for not at all.
-        """
-
-        model_config = ConfigDict(frozen=True, extra="forbid")
+        model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
         base: dict[str, Any]
+        """What all settings have in common: fields of a pruning run (PruneParameters), of PruneConfig and PathSetting.
+        Its budgets count where none is swept."""
         grid: dict[str, list[Any]] = Field(default_factory=dict)
+        """Field to the list of its values; every combination is a setting."""
         random: RandomSearch | None = None
+        """Random draws; with a grid too, each of its points is combined with each draw."""
         choose: Choice = Choice()
+        """Rule by which one setting's network is chosen."""
         early_stop: bool = True
+        """Whether settings that are clearly worse than another are given up."""
         output: Path
-        register: str | None = None
+        """Folder of the results; an earlier sweep's are replaced."""
+        register: RegistryName | None = None
+        """Name in the model registry under which the chosen network becomes a version; by default none."""
 
         @model_validator(mode="after")
         def _check(self) -> Self:

@@ -8,40 +8,37 @@ from typing import Any, Self
 
 from prefect import flow
 from prefect.logging.configuration import ensure_logging_setup
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from entprune.errors import EngineError, EntpruneError
-from flows.parameters import PruneParameters, parse_parameters
+from entprune.errors import ConfigError, EngineError, EntpruneError
+from entprune.models.specs import is_code_spec
+from flows.environment import cache_folder
+from flows.parameters import PruneRequest, RegistryName, parse_parameters
+from flows.places import inside
 from flows.promote import PromoteParameters, promote
 from flows.prune_model import prune_model
 from tasks import dense_registry
 from tasks.registry import RegisteredVersion
 
-_OWN = ("model", "checkpoint", "dense_version")  # fields of a pruning run that the version itself decides
-
 
 class WatchParameters(BaseModel):
-    """What the `watch` flow is asked to do.
+    """What the `watch` flow is asked to do."""
 
-    Attributes:
-        name: registered model whose versions are dense networks, after the contract of :mod:`tasks.dense_registry`.
-        prune: further fields of :class:`PruneParameters`: data, budget, output, register; each version gets a folder of
-            its own below `output`.
-        promote: whether the result is judged for champion at once.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    name: str = Field(min_length=1)
-    prune: dict[str, Any]
+    name: RegistryName
+    """Registered model whose versions are dense networks: a tag entprune.model_spec and a file model.safetensors."""
+    prune: PruneRequest
+    """What each new version is pruned to; it gets a folder of its own below `output`."""
+    factories: tuple[str, ...] = ()
+    """Network specifications of your own code, package.module:factory, that a version may name. Others' are refused:
+    whoever can write to the registry would choose what this program runs."""
     promote: bool = False
+    """Whether the result is judged for champion at once."""
 
     @model_validator(mode="after")
-    def _check_prune(self) -> Self:
-        if given := sorted(set(self.prune) & set(_OWN)):
-            raise ValueError(f"prune: expected no {', '.join(given)}, which the version itself decides")
-        example = PruneParameters.model_validate({**self.prune, "model": "any", "checkpoint": "any"})
-        if self.promote and example.register is None:
+    def _check_promote(self) -> Self:
+        if self.promote and self.prune.register is None:
             raise ValueError("promote: expected prune.register, the name under which the result is registered")
         return self
 
@@ -49,6 +46,9 @@ class WatchParameters(BaseModel):
 @flow(name="watch-dense-model", persist_result=False, validate_parameters=True)
 def watch(parameters: WatchParameters) -> dict[str, Any]:
     """Prune the newest dense version unless that was tried before.
+
+    Args:
+        parameters: which model is watched, and what becomes of its versions.
 
     Returns:
         `dense_version`, None if nothing new was there; `registered_version` and, if asked for, the `verdict`.
@@ -67,19 +67,28 @@ def watch(parameters: WatchParameters) -> dict[str, Any]:
     except EntpruneError as error:
         dense_registry.mark(version, f"failed: {error}")
         raise
-    number, register = report["lineage"]["registered_version"], parameters.prune.get("register")
+    number, register = report["lineage"]["registered_version"], parameters.prune.register
     dense_registry.mark(version, f"pruned: {f'models:/{register}/{number}' if number else 'not registered'}")
     verdict = promote(PromoteParameters(name=str(register), version=str(number))) if parameters.promote else None
     return {"dense_version": version.version, "registered_version": number, "verdict": verdict}
 
 
 def _prune_version(version: RegisteredVersion, parameters: WatchParameters) -> dict[str, Any]:
-    with TemporaryDirectory(prefix="entprune-") as folder:
-        values = {
-            **parameters.prune,
-            "model": version.tags[dense_registry.MODEL_SPEC],
+    asked = parameters.prune
+    model = version.tags[dense_registry.MODEL_SPEC]
+    if is_code_spec(model) and model not in parameters.factories:
+        raise ConfigError(
+            f"'{version.uri}': expected a built-in network, torchvision's, or one of the factories that the watch "
+            f"allows, got '{model}', which was not run; add it to `factories` if it is yours."
+        )
+    output = inside(asked.output, f"{version.name}-{version.version}")
+    cache = cache_folder(asked.cache_dir)
+    cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="dense-", dir=cache) as folder:
+        values = asked.model_dump(exclude_unset=True) | {
+            "model": model,
             "checkpoint": dense_registry.fetch_checkpoint(version, Path(folder)),
-            "output": Path(parameters.prune["output"]) / f"{version.name}-{version.version}",
+            "output": output,
             "dense_version": version.uri,
         }
         report: dict[str, Any] = prune_model(parse_parameters(values))

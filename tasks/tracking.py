@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from entprune.errors import EngineError
+from tasks.redaction import clean_cause, redact
 from tasks.tracked_values import key, parts, texts
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def check() -> None:
         is_address = isinstance(cause, (ImportError, ValueError)) or _code(cause) == "INVALID_PARAMETER_VALUE"
         kind = EngineError if is_address else TrackingError
         raise kind(
-            f"no MLflow server answers at '{_without_password(uri)}' ({_root_cause(cause)}); start it, correct "
+            f"no MLflow server answers at '{redact(uri)}' ({redact(_root_cause(cause))}); start it, correct "
             "MLFLOW_TRACKING_URI, or unset it to keep the runs in mlflow.db here."
-        ) from cause
+        ) from clean_cause(cause)
 
 
 def database_file() -> Path | None:
@@ -256,9 +256,9 @@ def reported(action: str) -> Iterator[None]:
             yield
     except failures() as cause:
         raise TrackingError(
-            f"MLflow at '{_without_password(tracking_uri())}' could not {action} ({first_line(cause)}); "
+            f"MLflow at '{redact(tracking_uri())}' could not {action} ({redact(first_line(cause))}); "
             "check MLFLOW_TRACKING_URI and that the server runs."
-        ) from cause
+        ) from clean_cause(cause)
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -271,10 +271,6 @@ def failures() -> tuple[type[Exception], ...]:
 
 def _code(error: BaseException) -> str | None:
     return getattr(error, "error_code", None)
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/]*@", "//", uri)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import load_flow_from_entrypoint
+from prefect.utilities.callables import parameter_schema
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +27,20 @@ DEPLOYMENTS = {entry["name"]: entry for entry in PREFECT["deployments"]}
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 
 
+def program(name: str) -> str:
+    """A checker of the development set; it is skipped where its package has no build for the machine."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def find_problems(*command: str | Path) -> str:
+    """What a checker complains of, nothing if all is well."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
 def find_pods(node: Any) -> list[dict[str, Any]]:
     """Every pod specification in a manifest."""
     if isinstance(node, list):
@@ -30,6 +48,12 @@ def find_pods(node: Any) -> list[dict[str, Any]]:
     if not isinstance(node, dict):
         return []
     return [node] * ("containers" in node) + [pod for entry in node.values() for pod in find_pods(entry)]
+
+
+def find_claims(manifest: dict[str, Any]) -> set[str]:
+    """Volumes that a manifest makes for its pods."""
+    specs = [entry.get("spec", {}) for entry in manifest.get("items", ())]
+    return {claim["metadata"]["name"] for spec in specs for claim in spec.get("volumeClaimTemplates", ())}
 
 
 # --- Prefect ----------------------------------------------------------------------------------------------------------
@@ -55,6 +79,31 @@ def test_entry_point_takes_the_parameters_of_its_deployment(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_page_of_a_deployment_describes_every_parameter(name: str) -> None:
+    schema = parameter_schema(load_flow_from_entrypoint(DEPLOYMENTS[name]["entrypoint"], use_placeholder_flow=False))
+    (top,) = schema.properties.values()
+    assert top["description"]
+    assert find_undescribed(schema.definitions) == []
+    untyped = [
+        f"{model}.{field}"
+        for model, content in schema.definitions.items()
+        for field, described in content["properties"].items()
+        if not {"type", "anyOf", "$ref", "allOf"} & set(described)
+    ]
+    assert untyped == []
+
+
+def find_undescribed(definitions: Mapping[str, Any]) -> list[str]:
+    """Fields without a word about them."""
+    return [
+        f"{model}.{field}"
+        for model, content in definitions.items()
+        for field, described in content["properties"].items()
+        if not described.get("description")
+    ]
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_schedule_is_one(name: str) -> None:
     for schedule in DEPLOYMENTS[name]["schedules"]:
         if "cron" in schedule:
@@ -73,7 +122,27 @@ def test_prefect_reads_the_automations() -> None:
         assert AutomationCore.model_validate(entry).enabled
 
 
+def test_no_password_is_written_into_a_deployment() -> None:
+    assert set(find_environments(PREFECT)) == {"MLFLOW_TRACKING_URI", "RAY_ADDRESS"}
+
+
+def find_environments(node: Any) -> Iterator[str]:
+    """Names of all environment variables in a tree of settings."""
+    if isinstance(node, dict):
+        yield from node.get("env", {})
+        for entry in node.values():
+            yield from find_environments(entry)
+    elif isinstance(node, list):
+        for entry in node:
+            yield from find_environments(entry)
+
+
 # --- Compose ----------------------------------------------------------------------------------------------------------
+
+
+def test_compose_file_follows_its_specification() -> None:
+    checker = program("check-jsonschema")
+    assert find_problems(checker, "--builtin-schema", "vendor.compose-spec", INFRA / "compose.yaml") == ""
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"])
@@ -135,20 +204,47 @@ def test_ray_accepts_its_cluster() -> None:
     assert config["max_workers"] == len(config["provider"]["worker_ips"])
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
-def test_pods_are_bounded_and_not_root(name: str) -> None:
+@pytest.mark.parametrize("name", ["storage.yaml", "servers.yaml", "raycluster.yaml", "rayjob.yaml"])
+def test_kubernetes_knows_every_field(name: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate")
     manifest = yaml.safe_load((INFRA / "kuberay" / name).read_text())
-    assert manifest["apiVersion"] == "ray.io/v1"
-    pods = find_pods(manifest)
-    assert len(pods) == 3
+    if manifest["apiVersion"] != "ray.io/v1":
+        for entry in manifest.get("items", [manifest]):
+            validate.validate(entry, validate.latest_version(), strict=True)
+        return
+    for pod in find_pods(manifest):  # Ray's own kinds are not Kubernetes', the pods in them are
+        wrapped = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": pod}
+        validate.validate(wrapped, validate.latest_version(), strict=True)
+
+
+def test_servers_on_kubernetes_find_each_other() -> None:
+    entries = yaml.safe_load((INFRA / "kuberay/servers.yaml").read_text())["items"]
+    services = [entry for entry in entries if entry["kind"] == "Service"]
+    names = {entry["metadata"]["name"] for entry in services}
+    templates = [entry["spec"]["template"] for entry in entries if "template" in entry.get("spec", {})]
+    labels = {template["metadata"]["labels"]["app"] for template in templates}
+    assert {entry["spec"]["selector"]["app"] for entry in services} <= labels
+    assert not any("type" in entry["spec"] for entry in services)  # none is open to the outside
+    text = (INFRA / "kuberay/servers.yaml").read_text()
+    hosts = set(re.findall(r"(?://|@)([a-z][a-z-]*)[:/]", re.sub(r"//\S+@", "@", text)))
+    assert hosts == names | {"localhost", "entprune-head-svc"}
+
+
+@pytest.mark.parametrize(("name", "count"), [("raycluster.yaml", 3), ("rayjob.yaml", 3), ("servers.yaml", 4)])
+def test_pods_are_bounded_and_not_root(name: str, count: int) -> None:
+    manifest = yaml.safe_load((INFRA / "kuberay" / name).read_text())
+    pods, claims = find_pods(manifest), find_claims(manifest)
+    assert len(pods) == count
     for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"] is True
-        declared = {volume["name"] for volume in pod["volumes"]}
+        declared = {volume["name"] for volume in pod["volumes"]} | claims
         for container in pod["containers"]:
             assert {"requests", "limits"} <= set(container["resources"])
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert {mount["name"] for mount in container["volumeMounts"]} <= declared
-            assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+            is_in_ray = any(mount["name"] == "ray-token" for mount in container["volumeMounts"])
+            assert ({"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]) is is_in_ray
+            assert is_in_ray or name == "servers.yaml"
 
 
 def test_clusters_run_the_release_of_ray_that_is_allowed_here() -> None:
@@ -166,3 +262,13 @@ def test_image_is_not_run_as_root_and_holds_no_data() -> None:
     assert "*" in ignored
     assert all(f"!{name}" in ignored for name in copied)
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_image_follows_the_rules_for_dockerfiles() -> None:
+    assert find_problems(program("hadolint"), "--no-color", INFRA / "docker/Dockerfile") == ""
+
+
+def test_shell_scripts_have_no_traps() -> None:
+    scripts = [*sorted(INFRA.rglob("*.sh")), ROOT / ".ci/run"]
+    assert len(scripts) == 3
+    assert find_problems(program("shellcheck"), *scripts) == ""

@@ -119,7 +119,7 @@ def test_choice_follows_the_base_s_budget_unless_it_says_otherwise() -> None:
         ({"grid": {"seed": list(range(2000))}}, r"^grid: expected at most 1000 settings, got 2000"),
         ({"grid": {"network": ["lenet"]}}, r"^grid\.network\[0\]: expected a model and a checkpoint, got 'lenet'"),
         ({"base": {**BASE, "data": None}}, r"^base: data: input should be a valid string"),
-        ({"base": {"model": "lenet"}}, r"^base: checkpoint: field required"),
+        ({"base": {"model": "lenet", "data": "mnist"}}, r"^base: checkpoint: field required"),
         ({"base": {**BASE, "output": "x"}}, r"^base\.output: give it beside the base"),
         ({"choose": {"smallest": "files"}}, r"^choose\.smallest: input should be 'parameters', 'macs' or 'latency'"),
         ({"random": {"samples": 0, "ranges": {"seed": [1]}}}, r"^random\.samples: input should be greater than"),
