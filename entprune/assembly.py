@@ -42,7 +42,7 @@ from entprune.residuals import Residual, inverse_gain
 from entprune.tracing import called_modules, trace
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
-_HELD_NUMBERS = 2**28  # a gigabyte: rows of one layer up to this size are held while it is refit
+HELD_NUMBERS = 2**28  # a gigabyte: rows of one layer up to this size are held while it is refit
 _PULL = 0.1  # of the dense answer where a ReLU cuts it off
 
 
@@ -269,7 +269,7 @@ class _RefitWalk:
         fit = make_fit(num_rows, feature_count(layer), layer.weight.shape[0], intercept, self._device)
         prior, ridge = layer.weight.flatten(1), self._config.relative_ridge
         read = partial(self._observations, name, layer, kept, inputs, summands)
-        held = list(read()) if num_rows * feature_count(layer) <= _HELD_NUMBERS else None
+        held = list(read()) if num_rows * feature_count(layer) <= HELD_NUMBERS else None
         for rows, dense, summand in held or read():
             fit.update(rows, dense - summand)
         weight, bias = fit.solve(prior, ridge)

@@ -43,6 +43,7 @@ from entprune.shared_steps import SharedSteps
 from entprune.tracing import trace
 
 _EVALUATION_BATCH = 64
+_PREDICTION_IMAGES, _PREDICTIONS = 256, 8  # of one unit, but at least so many units
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -331,11 +332,16 @@ def logits_range(job: PredictJob, part: tuple[int, int]) -> np.ndarray:
 def predict(model: nn.Module, images: ImageSet, config: PruneConfig, runner: Runner, *, stage: str) -> np.ndarray:
     """(n, k) float32 logits of a network on some images, computed in fixed ranges."""
     job = runner.share(PredictJob(model=model, images=images, device=config.device))
-    parts = shards(len(images), 8, _EVALUATION_BATCH)
+    parts = shards(len(images), prediction_units(len(images)), _EVALUATION_BATCH)
     try:
         return np.concatenate(runner.run(logits_range, [Work(shared=job, item=part) for part in parts], stage=stage))
     finally:
         runner.release(job)
+
+
+def prediction_units(count: int) -> int:
+    """Units into which the prediction of so many images is divided; batches, and so results, stay the same."""
+    return max(_PREDICTIONS, -(-count // _PREDICTION_IMAGES))
 
 
 def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:

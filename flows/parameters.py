@@ -39,6 +39,7 @@ with warnings.catch_warnings():
             rounds: how often to prune and to tune in turns.
             workers: Ray actors; None for as many as the cluster's CPUs allow.
             gpus_per_worker: GPUs that each of them reserves, a fraction where several share one.
+            memory_per_worker: GiB that each reserves; None for an estimate, 0 for none.
             ray_address: cluster to join; None for RAY_ADDRESS, or else a cluster of this machine's own.
             register: name under which the result is registered; None for not at all.
             keep: shell patterns of layers that must not change.
@@ -46,7 +47,7 @@ with warnings.catch_warnings():
             minimum_channels, minimum_fraction: floor of every group's width.
             dense_version: registered version that the checkpoint came from, for the record.
             output: folder of the report and the smaller network.
-            cache_dir: folder of the stages' results; None for the flow's own choice.
+            cache_dir: folder or URI of the stages' results; None for the flow's own choice.
             experiment: of MLflow.
             overrides: further fields of :class:`entprune.PruneConfig`.
         """
@@ -73,6 +74,7 @@ with warnings.catch_warnings():
         validation_samples: int | None = Field(default=_DEFAULTS.validation_samples, ge=1)
         workers: int | None = Field(default=None, ge=1)
         gpus_per_worker: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+        memory_per_worker: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
         ray_address: str | None = None
         device: str = _DEFAULTS.device
         register: str | None = None
@@ -83,7 +85,7 @@ with warnings.catch_warnings():
         minimum_fraction: float = Field(default=_DEFAULTS.minimum_fraction, ge=0.0, le=1.0)
         dense_version: str | None = None
         output: Path
-        cache_dir: Path | None = None
+        cache_dir: str | Path | None = None
         experiment: str = Field(default="entprune", min_length=1)
         overrides: dict[str, Any] = Field(default_factory=dict)
 
@@ -93,6 +95,11 @@ with warnings.catch_warnings():
             if name is not None and _REGISTRY_NAME.fullmatch(name) is None:
                 raise ValueError("expected a name without '/', ':' and outer spaces")
             return name
+
+        @field_validator("cache_dir", mode="after")
+        @classmethod
+        def _keep_uri(cls, place: str | Path | None) -> str | Path | None:
+            return place if place is None or "://" in str(place) else Path(place)  # as a path, a URI loses a slash
 
         @field_validator("overrides")
         @classmethod

@@ -22,6 +22,7 @@ from entprune.models import build_model
 from entprune.stages import Network, analyse
 from flows.environment import cluster_address
 from flows.parameters import PruneParameters
+from tasks.remote import RemoteFolder, local_path
 
 REPORT_NAME = "report.json"  # marks a folder as the result of an earlier run, which may be replaced
 
@@ -59,6 +60,7 @@ def preflight(parameters: PruneParameters) -> LoadedInputs:
         return earlier
     parameters.budget()
     check_output_folder(parameters.output)
+    check_store(parameters.cache_dir)
     return load_inputs(parameters)
 
 
@@ -113,6 +115,16 @@ def check_output_folder(folder: Path, marker: str = REPORT_NAME) -> None:
             "choose another folder."
         )
     _check_writable(folder, folder)
+
+
+def check_store(location: Path | str | None) -> None:
+    """Require that the place of stored results can be opened; a URI's server is not asked.
+
+    Raises:
+        ConfigError: a URI that fsspec cannot open.
+    """
+    if location is not None and local_path(location) is None:
+        RemoteFolder(str(location))
 
 
 def check_output_file(path: Path) -> None:

@@ -19,18 +19,18 @@ from entprune.pruning import build_smaller
 from entprune.race import Entrant, Finish
 from entprune.report.sweep_page import render_sweep
 from entprune.storage import atomic_write_text, staging_directory
-from flows.environment import cache_folder
+from flows.environment import store_location
 from flows.prune_model import finish, lineage_of, publish
 from flows.rounds import Pruned
 from flows.sweep_content import Entry, choose, describe_setting, describe_sweep
 from flows.sweep_inputs import SWEEP_NAME, preflight_sweep
 from flows.sweep_parameters import SweepParameters, SweepSetting
 from flows.tracked import run_name, tracked_run
-from flows.workers import lone_worker_threads, start_workers, worker_config
+from flows.workers import lone_worker_threads, memory_need, start_workers, worker_config
 from tasks import sweeping, tracking
 from tasks.actors import accept_read_only_arrays
 from tasks.progress import StageClock
-from tasks.store import Store
+from tasks.store import open_store
 from tasks.workload import Engine, Workload
 
 
@@ -54,12 +54,13 @@ def sweep(parameters: SweepParameters) -> dict[str, Any]:
         stack.enter_context(warnings.catch_warnings())
         accept_read_only_arrays()
         with clock.stage("start"):
-            cluster, runner = stack.enter_context(start_workers(lead))
+            need = memory_need((work, setting.parameters) for work, setting in zip(works, settings, strict=True))
+            cluster, runner = stack.enter_context(start_workers(lead, need))
             runner.progress = clock.advance
             asked = {"base": parameters.base, "swept": list(parameters.swept()), "settings": len(settings)}
             parent = tracked_run(lead.experiment, f"sweep of {run_name(lead)}", lineage_of(works[0], lead), asked)
             parent_id = stack.enter_context(parent)
-        store = stack.enter_context(Store(cache_folder(lead.cache_dir) / "store"))
+        store = stack.enter_context(open_store(store_location(lead.cache_dir)))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
         return _Sweep(parameters, settings, works, engine, parent_id).run(cluster.workers)
 
@@ -123,7 +124,7 @@ class _Sweep:
                 model = build_smaller(work.network, found)
                 pruned = Pruned(paths=paths[number], found=found, validation_accuracy=accuracy, model=model)
                 outcome = finish(asked, work, engine, pruned)
-                report = publish(asked, work, outcome, runs[number], engine.clock)
+                report = publish(asked, work, outcome, runs[number], engine)
             content = describe_sweep(entries, chosen, report, runs) | {
                 "swept": list(parameters.swept()),
                 "early_stop": parameters.early_stop,
