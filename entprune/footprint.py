@@ -6,8 +6,8 @@ Per stage, above the libraries and two copies of the network (the shared one and
                 about (6 + 8) d^2 bytes, or 4 t d for t rows fewer than d; dense answers 4 t m
     solve       about 110 d^2 bytes for each consumer of a group, as measured on a ResNet-50; the problem itself lies in
                 the object store
-    assemble    the live activations of *all* calibration images, the rows of the layer that is refit (at most a
-                gigabyte), and its normal equations, about 20 d^2
+    assemble    the live activations of *all* calibration images, and beside those that are alive when a layer is refit
+                twice its rows (at most a gigabyte) and its normal equations, about 60 d^2
     tune        five copies of the network and one batch's activations of all layers, twice
 
 Live activations are counted operation by operation on one image: a value counts until its last use.
@@ -32,7 +32,8 @@ from entprune.stages import Network, sampling_plan
 
 LIBRARY_BYTES = 320 * 2**20  # of an idle worker: Python, torch, Ray
 _FLOAT = 4
-_SOLVE_BYTES = 110  # per entry of the Gram matrices: copies in both precisions, and what the allocator holds on to
+# Per entry of the Gram matrices, as measured on a ResNet-50: copies in both precisions, and what the allocator keeps.
+_SOLVE_BYTES, _REFIT_BYTES = 110, 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +45,14 @@ class Activations:
         live: most bytes alive at any moment, the image included.
         total: bytes of all operations' results together.
         positions: output positions per convolution or linear layer.
+        alive: bytes alive when that layer runs.
     """
 
     image: int
     live: int
     total: int
     positions: dict[str, int]
+    alive: dict[str, int]
 
 
 def measure_activations(network: Network) -> Activations:
@@ -58,7 +61,7 @@ def measure_activations(network: Network) -> Activations:
     image = torch.zeros(1, *network.input_shape)
     with torch.inference_mode():
         run.run(image)
-    return Activations(image=_size(image), live=run.live, total=run.total, positions=run.positions)
+    return Activations(image=_size(image), live=run.live, total=run.total, positions=run.positions, alive=run.alive)
 
 
 class _CountingRun(fx.Interpreter):
@@ -68,18 +71,20 @@ class _CountingRun(fx.Interpreter):
         super().__init__(fx.GraphModule(network.model, network.graph))
         self.live = self.total = 0
         self.positions: dict[str, int] = {}
+        self.alive: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one operation; what it reads and what it returns are alive together."""
         result = super().run_node(n)
-        if n.op == "call_module":
-            layer = self.submodules[str(n.target)]
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                self.positions[str(n.target)] = count_positions(layer, self.env[n.args[0]])  # type: ignore[index]
-        if n.op != "get_attr":
-            self.total += _size(result)
-            alive = [value for node, value in self.env.items() if node.op != "get_attr"]
-            self.live = max(self.live, _size([*alive, result]))
+        if n.op == "get_attr":
+            return result
+        values = [value for node, value in self.env.items() if node.op != "get_attr"]
+        alive = _size([*values, result])
+        self.total += _size(result)
+        self.live = max(self.live, alive)
+        if n.op == "call_module" and isinstance(layer := self.submodules[str(n.target)], (nn.Conv2d, nn.Linear)):
+            self.positions[str(n.target)] = count_positions(layer, self.env[n.args[0]])  # type: ignore[index]
+            self.alive[str(n.target)] = alive
         return result
 
 
@@ -101,7 +106,8 @@ def worker_bytes(
     stages = [
         on_host * config.batch_size * activations.live + _moment_bytes(network, activations, sampling, config),
         max(map(_solve_bytes, _features_by_group(network))),
-        on_host * images * (activations.live + activations.image) + _refit_bytes(network, activations, sampling),
+        on_host * images * (activations.live + activations.image),
+        _refit_bytes(network, activations, sampling, on_host * images),
     ]
     if tuning_batch is not None:
         stages.append(3 * own + on_host * 2 * tuning_batch * activations.total)
@@ -129,13 +135,14 @@ def _solve_bytes(features: list[int]) -> int:
     return _SOLVE_BYTES * sum(width**2 for width in features)
 
 
-def _refit_bytes(network: Network, activations: Activations, sampling: SamplingPlan) -> int:
+def _refit_bytes(network: Network, activations: Activations, sampling: SamplingPlan, images: int) -> int:
     needs = [0]
     for name in network.refit_layers:
         layer = network.model.get_submodule(name)
         rows, features = sampling.num_rows(layer, activations.positions.get(name, 1)), feature_count(layer)
         held = rows * features if rows * features <= HELD_NUMBERS else 0
-        needs.append(_FLOAT * held + 20 * min(rows, features) ** 2)
+        beside = images * (activations.alive.get(name, 0) + activations.image)
+        needs.append(beside + 2 * _FLOAT * held + _REFIT_BYTES * min(rows, features) ** 2)
     return max(needs)
 
 

@@ -46,13 +46,14 @@ def test_values_count_until_their_last_use_and_once_where_they_share_memory() ->
     assert found.image == 36 * 4
     assert found.live == 3 * plane  # both summands and the sum
     assert found.positions == {"first": 36, "second": 36, "head": 1}
+    assert found.alive == {"first": found.image + plane, "second": 2 * plane, "head": plane + 2 * 4}
 
 
 def test_need_grows_with_images_and_tuning_but_not_with_images_of_another_device(network: Network) -> None:
     activations, config = measure_activations(network), PruneConfig(calibration_samples=1536)
     need = worker_bytes(network, activations, config)
-    many = replace(config, calibration_samples=6000)
-    assert worker_bytes(network, activations, many) > need + 3000 * activations.live
+    many = replace(config, calibration_samples=20_000)
+    assert worker_bytes(network, activations, many) > need + 10_000 * activations.live
     assert worker_bytes(network, activations, config, tuning_batch=4096) > need
     on_device = worker_bytes(network, activations, replace(many, device="cuda"))
     assert LIBRARY_BYTES < on_device < worker_bytes(network, activations, many)
@@ -82,4 +83,4 @@ def test_need_is_about_what_a_process_takes() -> None:
     config = PruneConfig(calibration_samples=images)
     network = analyse(build_model("lenet", num_classes=10, input_shape=(1, 28, 28)), (1, 28, 28), config)
     need = worker_bytes(network, measure_activations(network), config) - LIBRARY_BYTES
-    assert 0.5 * need < taken < 1.5 * need
+    assert 0.5 * need < taken < 2.0 * need
