@@ -170,11 +170,13 @@ def _count_workers(wanted: int | None, shape: WorkerShape) -> int:
     if room < (wanted or 1):
         total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU", "memory")}
         has = f"{total['CPU']:g} CPU cores and {total['GPU']:g} GPUs"
+        less = ""
         if shape.memory_bytes:
             has += f" and {_gib(total['memory'])}"
+            less = ", reserve less for each (--memory-per-worker) or calibrate on fewer images,"
         raise EngineError(
             f"asked for {wanted or 'at least 1'} worker(s) of {shape.describe()} each, but the cluster has "
-            f"{has} on {len(nodes)} node(s), which hold {room}; ask for fewer or add nodes."
+            f"{has} on {len(nodes)} node(s), which hold {room}; ask for fewer{less} or add nodes."
         )
     return wanted or room
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import permutations
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entprune.runner import InProcessRunner, Work
+from infra.scheduling import render
 from infra.scheduling.simulation import Job, Stage, pool_seconds, simulate
+from infra.scheduling.workloads import SCENARIOS, Costs
 
 seconds = st.floats(min_value=0.01, max_value=100.0)
 
@@ -89,3 +92,31 @@ def test_units_that_could_be_cut_do_not_lengthen_the_chain() -> None:
     outcome = simulate(whole, 8)
     assert (outcome.makespan, outcome.bound) == (8.0, 1.0)
     assert next(iter(outcome.losses())) == "largest unit of measure"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def costs() -> Costs:
+    return Costs(json.loads((render.HERE / "resnet50.json").read_text(encoding="utf-8")))
+
+
+def test_page_and_figures_are_those_of_the_measured_units(costs: Costs) -> None:
+    found = render.play(costs, render.WORKERS)
+    assert (render.HERE / "README.md").read_text(encoding="utf-8") == render.page(costs, found)
+    assert json.loads((render.HERE / "simulation.json").read_text()) == json.loads(json.dumps(render.as_json(found)))
+
+
+def test_images_are_taken_as_linear(costs: Costs) -> None:
+    few, many = costs.step(f"calibrate {costs.few}"), costs.step(f"calibrate {costs.many}")
+    assert costs.images("calibrate", costs.few) == pytest.approx(few)
+    assert costs.images("calibrate", 2 * costs.many - costs.few) == pytest.approx(2 * many - few)
+
+
+def test_a_sweep_is_more_work_than_a_run_and_shares_its_calibration(costs: Costs) -> None:
+    _, run, wide, sweep = (costs.stages(scenario) for scenario in SCENARIOS)
+    work = {name: sum(stage.work for stage in stages) for name, stages in (("run", run), ("sweep", sweep))}
+    assert work["sweep"] > 2 * work["run"]
+    assert [stage.work for stage in sweep if stage.name == "calibration"] == [run[1].work]
+    assert len(wide) < len(run)  # fewer rounds
