@@ -42,7 +42,7 @@ from entprune.residuals import Residual, inverse_gain
 from entprune.tracing import called_modules, trace
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
-_HELD_NUMBERS = 2**28  # a gigabyte
+HELD_NUMBERS = 2**28  # a gigabyte: rows of one layer up to this size are held while it is refit
 _PULL = 0.1  # of the dense answer where a ReLU cuts it off
 
 
@@ -88,7 +88,7 @@ class RefitData:
     statistics: Statistics
     sampling: SamplingPlan
     residuals: tuple[Residual, ...] = ()
-    held_numbers: int = _HELD_NUMBERS
+    held_numbers: int = HELD_NUMBERS
 
 
 def slice_network(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:

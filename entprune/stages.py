@@ -43,6 +43,7 @@ from entprune.shared_steps import SharedSteps
 from entprune.tracing import trace
 
 _EVALUATION_BATCH = 64
+_PREDICTION_IMAGES, _PREDICTIONS = 256, 8  # of one unit, but at least so many units
 
 Part = tuple[int, int]  # first image, and the one after the last
 
@@ -402,13 +403,18 @@ def predict(
         on_result: called with each new range's as they come in.
     """
     job = runner.share(PredictJob(model=model, images=images, device=config.device))
-    parts = shards(len(images), 8, _EVALUATION_BATCH)
+    parts = shards(len(images), prediction_units(len(images)), _EVALUATION_BATCH)
     found: dict[int, np.ndarray] = {}
     try:
         _run_parts(logits_range, job, parts, runner, stage, known, on_result, found.__setitem__)
     finally:
         runner.release(job)
     return np.concatenate([found[number] for number in range(len(parts))])
+
+
+def prediction_units(count: int) -> int:
+    """Units into which the prediction of so many images is divided; batches, and so results, stay the same."""
+    return max(_PREDICTIONS, -(-count // _PREDICTION_IMAGES))
 
 
 def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:

@@ -167,6 +167,9 @@ def prune(
     ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Parallel workers; all cores by default.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(metavar="X", help="GPUs each worker reserves; may be 0.5.")] = 0.0,
+    memory_per_worker: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Memory each worker reserves; estimated by default, 0 for none.")
+    ] = None,
     ray_address: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Ray cluster to use; this machine by default.")
     ] = None,
@@ -182,7 +185,7 @@ def prune(
         float, typer.Option(metavar="FRACTION", help="The same as a fraction of its channels.")
     ] = 0.0,
     cache_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where intermediate results are kept for the next run.")
+        str | None, typer.Option(metavar="DIR", help="Folder or URI where results are kept for the next run.")
     ] = None,
     verbose: VerboseOption = False,
 ) -> int:
@@ -198,9 +201,9 @@ def prune(
         "latency_removed": latency_removed, "latency_batch": latency_batch, "finetune_epochs": finetune_epochs,
         "finetune_learning_rate": finetune_lr, "rounds": rounds,
         "calibration_samples": calibration_samples, "validation_samples": validation_samples, "workers": workers,
-        "gpus_per_worker": gpus_per_worker, "ray_address": ray_address, "device": device, "register": register,
-        "seed": seed, "keep": tuple(keep or ()), "round_to": round_to, "minimum_channels": min_channels,
-        "minimum_fraction": min_fraction, "output": output, "cache_dir": cache_dir,
+        "gpus_per_worker": gpus_per_worker, "memory_per_worker": memory_per_worker, "ray_address": ray_address,
+        "device": device, "register": register, "seed": seed, "keep": tuple(keep or ()), "round_to": round_to,
+        "minimum_channels": min_channels, "minimum_fraction": min_fraction, "output": output, "cache_dir": cache_dir,
     }  # fmt: skip
     return _prune({name: value for name, value in options.items() if value is not None}, is_verbose=verbose)
 
@@ -217,10 +220,11 @@ def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
         reporter.started("check the input")
         inputs = preflight(parameters)
         reporter.started("start the workers")  # engines only now: bad input has been refused
-        from flows.workers import start_workers
+        from flows.workers import memory_need, start_workers
         from tasks.progress import report_to
 
-        with start_workers(parameters), hand_over(parameters, inputs), report_to(reporter):
+        need = memory_need([(inputs, parameters)])
+        with start_workers(parameters, need), hand_over(parameters, inputs), report_to(reporter):
             from tasks import tracking  # these take their time while the workers come up
 
             reporter.started("reach the tracking server")

@@ -55,11 +55,12 @@ def _run(parameters: SweepParameters) -> dict[str, Any]:
         reporter.started("check the input")
         inputs = preflight_sweep(parameters)
         reporter.started("start the workers")  # engines only now: bad input has been refused
-        from flows.workers import start_workers
+        from flows.workers import memory_need, start_workers
         from tasks.progress import report_to
 
-        lead = parameters.settings()[0].parameters
-        with start_workers(lead), hand_over(parameters, inputs), report_to(reporter):
+        settings = [setting.parameters for setting in parameters.settings()]
+        need = memory_need(zip(inputs, settings, strict=True))
+        with start_workers(settings[0], need), hand_over(parameters, inputs), report_to(reporter):
             from tasks import tracking  # these take their time while the workers come up
 
             reporter.started("reach the tracking server")

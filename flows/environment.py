@@ -55,9 +55,11 @@ def cluster_address(given: str | None) -> str | None:
     return None if address == "local" else address
 
 
-def cache_folder(given: Path | None) -> Path:
-    """Where stages' results are kept: the folder asked for, else `.entprune` in the current one."""
-    return (Path(".entprune") if given is None else Path(given)).absolute()
+def store_location(given: Path | str | None) -> Path | str:
+    """Where stages' results are kept: below the folder or URI asked for, else below `.entprune` in the current one."""
+    if given is not None and "://" in str(given):
+        return f"{str(given).rstrip('/')}/store"
+    return (Path(".entprune") if given is None else Path(given)).absolute() / "store"
 
 
 def code_version() -> str:

@@ -148,6 +148,8 @@ def prune_values(options: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("mean", "std"):
         if key in values:
             values[key] = numbers(key, values[key])
+    if "cache_dir" in values and "://" not in str(values["cache_dir"]):
+        values["cache_dir"] = Path(str(values["cache_dir"]))
     for key, value in values.items():
         if isinstance(value, Path):
             values[key] = value.absolute()

@@ -94,6 +94,8 @@ with warnings.catch_warnings():
         """Ray actors at work side by side; by default as many as the cluster's CPUs allow."""
         gpus_per_worker: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
         """GPUs that each worker reserves; 0.5 where two share one."""
+        memory_per_worker: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+        """GiB of memory that each worker reserves; by default an estimate, 0 for none."""
         ray_address: str | None = None
         """Ray cluster to join; by default RAY_ADDRESS, or else a cluster of the machine's own."""
         device: str = _DEFAULTS.device
@@ -112,12 +114,17 @@ with warnings.catch_warnings():
         """Fraction of its channels that every group keeps at least."""
         output: Path
         """Folder of the report and the smaller network; an earlier result there is replaced."""
-        cache_dir: Path | None = None
-        """Folder of the stages' results, from which an interrupted run goes on; by default .entprune."""
+        cache_dir: str | Path | None = None
+        """Folder or URI of the stages' results, from which an interrupted run goes on; by default .entprune."""
         experiment: str = Field(default="entprune", min_length=1)
         """Experiment of MLflow that the run is filed under."""
         overrides: dict[str, Any] = Field(default_factory=dict)
         """Further fields of entprune.PruneConfig."""
+
+        @field_validator("cache_dir", mode="after")
+        @classmethod
+        def _keep_uri(cls, place: str | Path | None) -> str | Path | None:
+            return place if place is None or "://" in str(place) else Path(place)  # as a path, a URI loses a slash
 
         @field_validator("overrides")
         @classmethod

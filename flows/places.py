@@ -6,6 +6,7 @@ from pathlib import Path
 
 from entprune.errors import ConfigError, OutputError
 from flows.environment import ROOT_VARIABLE, allowed_root
+from tasks.remote import local_path
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -44,7 +45,27 @@ def check_place(field: str, path: Path | None) -> None:
         )
 
 
-def data_place(spec: str) -> Path | None:
-    """File or folder that a data specification names, None for one that names none."""
+def check_location(field: str, location: Path | str | None) -> None:
+    """Require the same of a path or URI; one that leads to another machine lies in nobody's way.
+
+    Args:
+        field: that it was given in.
+        location: None for none.
+
+    Raises:
+        ConfigError: it lies elsewhere, or is a chain of URIs, which may end anywhere.
+    """
+    if location is None or allowed_root() is None:
+        return
+    if "::" in str(location):
+        raise ConfigError(
+            f"{field}: expected one path or URI where {ROOT_VARIABLE} is set, got the chain '{location}'; give its "
+            "last part alone, copied to where it can be opened."
+        )
+    check_place(field, local_path(location))
+
+
+def data_location(spec: str) -> str | None:
+    """File, folder or URI that a data specification names, None for one that names none."""
     kind, colon, location = spec.partition(":")
-    return Path(location) if colon and kind in {"npz", "imagefolder"} else None
+    return location if colon and kind in {"npz", "imagefolder"} else None

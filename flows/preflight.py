@@ -20,9 +20,10 @@ from entprune.errors import OutputError
 from entprune.evaluation import resolve_device
 from entprune.models import build_model
 from entprune.stages import Network, analyse
-from flows.environment import cache_folder, cluster_address
+from flows.environment import cluster_address, store_location
 from flows.parameters import PruneParameters
-from flows.places import check_place, data_place
+from flows.places import check_location, check_place, data_location
+from tasks.remote import RemoteFolder, local_path
 
 REPORT_NAME = "report.json"  # marks a folder as the result of an earlier run, which may be replaced
 
@@ -60,6 +61,7 @@ def preflight(parameters: PruneParameters) -> LoadedInputs:
         return earlier
     parameters.budget()
     check_output_folder(parameters.output)
+    check_store(parameters.cache_dir)
     return load_inputs(parameters)
 
 
@@ -68,8 +70,8 @@ def load_inputs(parameters: PruneParameters, data: ImageData | None = None) -> L
     config = parameters.config()
     for field in ("checkpoint", "data_root"):
         check_place(field, getattr(parameters, field))
-    check_place("data", data_place(parameters.data))
-    check_place("cache_dir", cache_folder(parameters.cache_dir))
+    check_location("data", data_location(parameters.data))
+    check_location("cache_dir", store_location(parameters.cache_dir))
     if cluster_address(parameters.ray_address) is None:
         resolve_device(parameters.device)  # on a cluster the workers' devices count, not this machine's
     checkpoint_sha256 = sha256_file(parameters.checkpoint)
@@ -120,6 +122,16 @@ def check_output_folder(folder: Path, marker: str = REPORT_NAME) -> None:
             "choose another folder."
         )
     _check_writable(folder, folder)
+
+
+def check_store(location: Path | str | None) -> None:
+    """Require that the place of stored results can be opened; a URI's server is not asked.
+
+    Raises:
+        ConfigError: a URI that fsspec cannot open.
+    """
+    if location is not None and local_path(location) is None:
+        RemoteFolder(str(location))
 
 
 def check_output_file(path: Path) -> None:

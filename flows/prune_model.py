@@ -21,19 +21,19 @@ from entprune.finetune import FinetuneConfig
 from entprune.plan import PruningPlan
 from entprune.pruning import RunFacts, build_report
 from entprune.storage import staging_directory
-from flows.environment import cache_folder, code_version
+from flows.environment import code_version, store_location
 from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
 from flows.rounds import Pruned, Rounds, prune_in_rounds, prune_once
 from flows.server import finished
 from flows.tracked import run_name, tracked_run
 from flows.version_page import version_page, version_tags
-from flows.workers import lone_worker_threads, start_workers, worker_config
+from flows.workers import lone_worker_threads, memory_need, start_workers, worker_config
 from tasks import stages
 from tasks.actors import accept_read_only_arrays
 from tasks.progress import StageClock
 from tasks.record import Record, TrackedRun
-from tasks.store import Store
+from tasks.store import open_store
 from tasks.tuning import finetune
 from tasks.workload import Engine, Workload
 
@@ -85,13 +85,13 @@ def prune_model(parameters: PruneParameters) -> dict[str, Any]:
         stack.enter_context(warnings.catch_warnings())
         accept_read_only_arrays()
         with clock.stage("start"):
-            cluster, runner = stack.enter_context(start_workers(parameters))
+            cluster, runner = stack.enter_context(start_workers(parameters, memory_need([(work, parameters)])))
             runner.progress = clock.advance
             run = stack.enter_context(_tracked(parameters, work))
-        store = stack.enter_context(Store(cache_folder(parameters.cache_dir) / "store"))
+        store = stack.enter_context(open_store(store_location(parameters.cache_dir)))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
         outcome = _run_stages(parameters, work, engine)
-        content = publish(parameters, work, outcome, run, clock)
+        content = publish(parameters, work, outcome, run, engine)
     return finished(content)
 
 
@@ -147,7 +147,7 @@ def _run_rounds(work: Workload, engine: Engine, finetuning: FinetuneConfig, num_
 
 
 def publish(
-    parameters: PruneParameters, work: Workload, outcome: Outcome, run: TrackedRun, clock: StageClock, place: str = "."
+    parameters: PruneParameters, work: Workload, outcome: Outcome, run: TrackedRun, engine: Engine, place: str = "."
 ) -> dict[str, Any]:
     """Write the output folder, log and register; the folder appears when all of it succeeded.
 
@@ -161,7 +161,8 @@ def publish(
     run.record.try_to_catch_up()
     plan, card = outcome.plan, work.card(parameters.model)
     lineage = lineage_of(work, parameters) | {"mlflow_run_id": run.id, "registered_version": None}
-    content = _report(parameters, work, outcome, lineage, clock)
+    clock = engine.clock
+    content = _report(parameters, work, outcome, lineage, clock) | {"engine": engine.runner.describe()}
     with staging_directory(parameters.output, marker=REPORT_NAME) as folder, clock.stage("publish"):
         stages.save(outcome.result, plan, card, folder / "model", extra={"lineage": lineage})
         stages.track(run, content, outcome.pruned.paths)

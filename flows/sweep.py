@@ -18,7 +18,7 @@ from entprune.pruning import build_smaller
 from entprune.race import Entrant, Finish
 from entprune.report.sweep_page import render_sweep
 from entprune.storage import atomic_write_text, staging_directory
-from flows.environment import cache_folder
+from flows.environment import store_location
 from flows.prune_model import finish, lineage_of, publish
 from flows.rounds import Pruned
 from flows.server import finished
@@ -26,12 +26,12 @@ from flows.sweep_content import Entry, choose, describe_setting, describe_sweep
 from flows.sweep_inputs import SWEEP_NAME, preflight_sweep
 from flows.sweep_parameters import SweepParameters, SweepSetting
 from flows.tracked import run_name, tracked_run
-from flows.workers import lone_worker_threads, start_workers, worker_config
+from flows.workers import lone_worker_threads, memory_need, start_workers, worker_config
 from tasks import sweeping
 from tasks.actors import accept_read_only_arrays
 from tasks.progress import StageClock
 from tasks.record import Record, TrackedRun
-from tasks.store import Store
+from tasks.store import open_store
 from tasks.workload import Engine, Workload
 
 
@@ -58,13 +58,14 @@ def sweep(parameters: SweepParameters) -> dict[str, Any]:
         stack.enter_context(warnings.catch_warnings())
         accept_read_only_arrays()
         with clock.stage("start"):
-            cluster, runner = stack.enter_context(start_workers(lead))
+            need = memory_need((work, setting.parameters) for work, setting in zip(works, settings, strict=True))
+            cluster, runner = stack.enter_context(start_workers(lead, need))
             runner.progress = clock.advance
             asked = {"base": parameters.base, "swept": list(parameters.swept()), "settings": len(settings)}
             record, lineage = Record(parameters.output), lineage_of(works[0], lead)
             parent = tracked_run(record, lead.experiment, f"sweep of {run_name(lead)}", lineage, asked)
             run = stack.enter_context(parent)
-        store = stack.enter_context(Store(cache_folder(lead.cache_dir) / "store"))
+        store = stack.enter_context(open_store(store_location(lead.cache_dir)))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
         content = _Sweep(parameters, settings, works, engine, run).run(cluster.workers)
     return finished(content)
@@ -130,7 +131,7 @@ class _Sweep:
                 model = build_smaller(work.network, found)
                 pruned = Pruned(paths=paths[number], found=found, validation_accuracy=accuracy, model=model)
                 outcome = finish(asked, work, engine, pruned)
-                report = publish(asked, work, outcome, child, engine.clock, place="chosen")
+                report = publish(asked, work, outcome, child, engine, place="chosen")
             runs[number] = child.id
             content = describe_sweep(entries, chosen, report, runs) | {
                 "swept": list(parameters.swept()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.preflight import LoadedInputs, check_output_folder, handed_over, load_inputs
+from flows.preflight import LoadedInputs, check_output_folder, check_store, handed_over, load_inputs
 from flows.sweep_parameters import SweepParameters
 
 SWEEP_NAME = "sweep.json"  # marks a folder as the result of an earlier sweep, which may be replaced
@@ -22,6 +22,7 @@ def preflight_sweep(parameters: SweepParameters) -> list[LoadedInputs]:
     if earlier is not None:
         return earlier
     check_output_folder(parameters.output, marker=SWEEP_NAME)
+    check_store(parameters.settings()[0].parameters.cache_dir)
     loaded: dict[str, LoadedInputs] = {}
     inputs = []
     for setting in parameters.settings():

@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from entprune.errors import ConfigError, EngineError, EntpruneError
 from entprune.models.specs import is_code_spec
-from flows.environment import cache_folder
+from flows.environment import store_location
 from flows.parameters import PruneRequest, RegistryName, parse_parameters
 from flows.places import inside
 from flows.promote import PromoteParameters, promote
 from flows.prune_model import prune_model
 from tasks import dense_registry
 from tasks.registry import RegisteredVersion
+from tasks.remote import local_path
 
 
 class WatchParameters(BaseModel):
@@ -82,8 +83,9 @@ def _prune_version(version: RegisteredVersion, parameters: WatchParameters) -> d
             f"allows, got '{model}', which was not run; add it to `factories` if it is yours."
         )
     output = inside(asked.output, f"{version.name}-{version.version}")
-    cache = cache_folder(asked.cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = local_path(store_location(asked.cache_dir))
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="dense-", dir=cache) as folder:
         values = asked.model_dump(exclude_unset=True) | {
             "model": model,

@@ -48,9 +48,9 @@ class Worker:
         accept_read_only_arrays()
         self._held: OrderedDict[str, Any] = OrderedDict()
 
-    def ready(self) -> bool:
-        """Answer once the process is up."""
-        return True
+    def ready(self) -> str:
+        """Answer once the process is up: the id of the node that it runs on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def run(self, unit: Unit, key: str, reference: list[Any], item: Any, chunk: int | None = None) -> Any:
         """Run one unit, after one that lacked memory with fewer images at a time.
@@ -94,10 +94,14 @@ class _Pool:
     def __init__(self, cluster: Cluster) -> None:
         shape = cluster.shape
         self._actor_class = ray.remote(Worker).options(
-            num_cpus=shape.threads, num_gpus=shape.gpus, scheduling_strategy="SPREAD"
+            num_cpus=shape.threads,
+            num_gpus=shape.gpus,
+            memory=shape.memory_bytes or None,
+            scheduling_strategy="SPREAD",
         )
         self._cluster = cluster
         self._failed_starts = 0
+        self.nodes: dict[Any, str] = {}  # actor -> node
         self.idle: list[Any] = []
         self.starting: dict[Any, Any] = {}  # reference of the answer -> actor
         self.busy: dict[Any, tuple[Any, int]] = {}  # reference of the result -> actor, number of the unit
@@ -128,7 +132,7 @@ class _Pool:
     def _join(self, reference: Any) -> None:
         actor = self.starting.pop(reference)
         try:
-            ray.get(reference)
+            self.nodes[actor] = ray.get(reference)
         except RayError as cause:
             self._failed_starts += 1
             if self._failed_starts > _MAX_FAILED_STARTS:
@@ -162,6 +166,7 @@ class RayRunner:
         self._pool = _Pool(cluster)
         self.progress = progress
         self.units_run: Counter[str] = Counter()
+        self.units_by_node: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
         return self
@@ -173,6 +178,13 @@ class RayRunner:
         """Wait until no worker is starting, so that nothing disturbs a measurement of time on this machine."""
         if self._pool.starting:
             ray.wait(list(self._pool.starting), num_returns=len(self._pool.starting), timeout=_SETTLE_SECONDS)
+
+    def describe(self) -> dict[str, Any]:
+        """How many workers there are, and what has been done on which node, by the start of its id."""
+        workers = Counter(self._pool.nodes[actor] for actor in self._pool.actors() if actor in self._pool.nodes)
+        names = dict.fromkeys([*workers, *self.units_by_node])
+        nodes = {name[:12]: {"workers": workers[name], "units": self.units_by_node[name]} for name in names}
+        return {"workers": sum(workers.values()), "nodes": nodes}
 
     def close(self) -> None:
         """Stop the workers."""
@@ -261,6 +273,7 @@ class RayRunner:
                     queue.put_back(number, _reason(error))
             else:
                 self._pool.idle.append(actor)
+                self.units_by_node[self._pool.nodes[actor]] += 1
                 arrived.append((number, result))
                 del result
         return arrived
@@ -308,4 +321,5 @@ def _reason(error: BaseException) -> str:
 
 def _free_resources() -> str:
     free = ray.available_resources()
-    return f"{free.get('CPU', 0.0):g} CPU cores and {free.get('GPU', 0.0):g} GPUs"
+    memory = f"{free.get('memory', 0.0) / 2**30:.1f} GiB of memory"
+    return f"{free.get('CPU', 0.0):g} CPU cores and {free.get('GPU', 0.0):g} GPUs and {memory}"

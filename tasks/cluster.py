@@ -28,10 +28,12 @@ class WorkerShape:
     Attributes:
         threads: CPU cores, and torch threads.
         gpus: devices; a fraction shares one device between workers.
+        memory_bytes: of the node's memory beside the object store; 0 reserves none.
     """
 
     threads: int = 1
     gpus: float = 0.0
+    memory_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -41,18 +43,23 @@ class WorkerShape:
                 f"expected gpus_per_worker to be 0, a fraction up to 1, or a whole number, got {self.gpus:g}; "
                 "use 0.5 for two workers on each GPU."
             )
+        if self.memory_bytes < 0:
+            raise ConfigError(f"expected no less than 0 bytes of memory per worker, got {self.memory_bytes}.")
 
     def fit(self, resources: dict[str, float]) -> int:
         """How many such workers one node's resources hold."""
         fits = [int(resources.get("CPU", 0.0) / self.threads + 1e-9)]
         if self.gpus:
             fits.append(int(resources.get("GPU", 0.0) / self.gpus + 1e-9))
+        if self.memory_bytes:
+            fits.append(int(resources.get("memory", 0.0) / self.memory_bytes + 1e-9))
         return min(fits)
 
     def describe(self) -> str:
         """What one worker asks, in words."""
         cores = f"{self.threads} CPU core{'s' if self.threads > 1 else ''}"
-        return f"{cores} and {self.gpus:g} GPU" if self.gpus else cores
+        asked = [cores, f"{self.gpus:g} GPU"] if self.gpus else [cores]
+        return " and ".join([*asked, _gib(self.memory_bytes)] if self.memory_bytes else asked)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,13 +168,21 @@ def _count_workers(wanted: int | None, shape: WorkerShape) -> int:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(shape.fit(resources) for resources in nodes)
     if room < (wanted or 1):
-        total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+        total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU", "memory")}
+        has = f"{total['CPU']:g} CPU cores and {total['GPU']:g} GPUs"
+        less = ""
+        if shape.memory_bytes:
+            has += f" and {_gib(total['memory'])}"
+            less = ", reserve less for each (--memory-per-worker) or calibrate on fewer images,"
         raise EngineError(
             f"asked for {wanted or 'at least 1'} worker(s) of {shape.describe()} each, but the cluster has "
-            f"{total['CPU']:g} CPU cores and {total['GPU']:g} GPUs on {len(nodes)} node(s), which hold {room}; "
-            "ask for fewer or add nodes."
+            f"{has} on {len(nodes)} node(s), which hold {room}; ask for fewer{less} or add nodes."
         )
     return wanted or room
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB of memory"
 
 
 def object_store_bytes() -> int | None:

@@ -6,14 +6,16 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import BoundedSemaphore
 from typing import Self, TypeVar
 
 from entprune.errors import ArtifactError, OutputError
+from tasks.remote import RemoteFolder, local_path
 
 _logger = logging.getLogger(__name__)
 
@@ -29,10 +31,11 @@ class Store:
 
     Args:
         directory: made when the first result is kept.
+        remote: where the results lie instead; they only pass through the directory.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = Path(directory)
+    def __init__(self, directory: Path, remote: RemoteFolder | None = None) -> None:
+        self._directory, self._remote = Path(directory), remote
         self._is_writable = True
         self._waiting = BoundedSemaphore(_MAX_WAITING)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
@@ -52,10 +55,11 @@ class Store:
     def fetch(self, stage: str, key: str, load: Callable[[Path], T]) -> T | None:
         """Load a result, None if there is none; a damaged one, of which `load` raises ArtifactError, is deleted."""
         path = self.path(stage, key)
-        if not path.is_file():
+        if not self._pull(path):
             return None
         try:
             value = load(path)
+            self._leave(path)
         except ArtifactError as error:
             _logger.warning("a stored result of stage '%s' is damaged and will be computed again: %s", stage, error)
             self._delete(path)
@@ -89,6 +93,9 @@ class Store:
             return
         try:
             save(self.path(stage, key))
+            if self._remote is not None:
+                self._remote.push(self.path(stage, key), self._name(self.path(stage, key)))
+                self._leave(self.path(stage, key))
             _logger.debug("stage '%s': stored %s", stage, key)
         except OutputError as error:
             self._is_writable = False
@@ -123,5 +130,43 @@ class Store:
     def _delete(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
+            if self._remote is not None:
+                self._remote.delete(self._name(path))
         except OSError as error:
-            _logger.warning("cannot delete '%s': %s", path, error.strerror)
+            _logger.warning("cannot delete '%s': %s", path, error.strerror or error)
+
+    # --- results that lie elsewhere ---
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._directory).as_posix()
+
+    def _pull(self, path: Path) -> bool:
+        """Whether the result is there, and so here."""
+        if self._remote is not None:
+            try:
+                self._remote.pull(self._name(path), path)
+            except OSError as error:
+                _logger.warning("the stored result '%s' cannot be read: %s", self._name(path), error)
+        return path.is_file()
+
+    def _leave(self, path: Path) -> None:
+        """Let go of the copy here."""
+        if self._remote is not None:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_store(location: Path | str) -> Iterator[Store]:
+    """Results under a folder or a URI.
+
+    Raises:
+        ConfigError: a URI that cannot be opened.
+    """
+    folder = local_path(location)
+    if folder is not None:
+        with Store(folder) as store:
+            yield store
+        return
+    remote = RemoteFolder(str(location))
+    with TemporaryDirectory(prefix="entprune-") as passage, Store(Path(passage), remote) as store:
+        yield store

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from entprune import Budget, PathSetting, PruneConfig
 from entprune.datasets import ArraySplit
 from entprune.errors import ConfigError, DataError, EngineError
 from entprune.models import build_model
-from entprune.moments import RowMoments
+from entprune.moments import Moments, RowMoments
 from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner, Runner, Work
 from entprune.search import search
@@ -57,8 +58,16 @@ def stumble(shared: Any, item: int) -> float:
     return 1 / item
 
 
-def see_gpus(shared: Any, item: int) -> str:
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+def see_gpus(shared: Any, item: int) -> tuple[int, str]:
+    time.sleep(0.05)
+    return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+def read_moments(shared: Moments | None, item: int) -> tuple[int, float, dict[str, int]]:
+    total = 0.0 if shared is None else float(shared.scatter.sum())  # every page is touched
+    lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]]
+    time.sleep(0.05)
+    return os.getpid(), total, {name.rstrip(":"): int(size) * 1024 for name, size, _ in lines}
 
 
 def die(shared: Any, item: int) -> None:
@@ -244,11 +253,59 @@ def test_unit_that_always_kills_its_worker_is_given_up(runner: RayRunner, monkey
     assert run_shared(runner, add, 1, [1]) == [2]
 
 
-def test_fraction_of_a_gpu_is_reserved(cluster: Cluster) -> None:
-    half = dataclasses.replace(cluster, workers=1, shape=WorkerShape(gpus=0.5))
-    with RayRunner(half) as pool:
-        seen = run_shared(pool, see_gpus, None, [0, 1])
-    assert set(seen) <= {"0", "1"}
+@pytest.mark.parametrize(("workers", "gpus", "per_device"), [(2, 1.0, 1), (4, 0.5, 2)])
+def test_workers_are_spread_over_the_gpus_that_they_reserve(
+    cluster: Cluster, workers: int, gpus: float, per_device: int
+) -> None:
+    placed: dict[int, str] = {}
+    with RayRunner(dataclasses.replace(cluster, workers=workers, shape=WorkerShape(gpus=gpus))) as pool:
+        for _ in range(200):
+            placed |= dict(run_shared(pool, see_gpus, None, list(range(2 * workers))))
+            if len(placed) == workers:
+                break
+    assert Counter(placed.values()) == {"0": per_device, "1": per_device}
+
+
+def private(memory: dict[str, int]) -> int:
+    return memory["Private_Clean"] + memory["Private_Dirty"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this system does not tell shared memory")
+def test_large_moments_are_resident_once_for_all_workers_of_a_node(runner: RayRunner) -> None:
+    width = 3000
+    moments = Moments(count=width, mean=np.zeros(width), scatter=np.full((width, width), 0.5))
+    before = {pid: memory for pid, _, memory in run_shared(runner, read_moments, None, list(range(40)))}
+    seen = run_shared(runner, read_moments, moments, list(range(40)))
+    after = {pid: memory for pid, _, memory in seen}
+    assert len(after) == 2
+    assert {total for _, total, _ in seen} == {0.5 * width**2}
+    size = moments.scatter.nbytes
+    for pid, memory in after.items():
+        assert memory["Rss"] - before[pid]["Rss"] > 0.9 * size  # it is there, and counted
+    copies = sum(private(memory) - private(before[pid]) for pid, memory in after.items())
+    assert copies < 0.25 * size  # two copies would be 2
+
+
+def test_memory_of_a_node_bounds_its_workers(cluster: Cluster) -> None:
+    (node,) = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    third = WorkerShape(memory_bytes=int(node["memory"] / 3.1))
+    with connect(None, shape=third) as inner:
+        assert inner.workers == 3
+    with (
+        pytest.raises(
+            EngineError, match=r"asked for 4 worker\(s\) of 1 CPU core and [\d.]+ GiB of memory each, .* has 6 "
+        ),
+        connect(None, workers=4, shape=third),
+    ):
+        pass
+
+
+def test_workers_reserve_their_memory(cluster: Cluster) -> None:
+    (node,) = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    half = WorkerShape(memory_bytes=int(node["memory"] / 2.2))
+    with RayRunner(dataclasses.replace(cluster, workers=2, shape=half)) as pool:
+        meet_all_workers(pool, 2)
+        assert ray.available_resources().get("memory", 0.0) < node["memory"] / 2
 
 
 def test_workers_that_cannot_be_placed_end_the_run(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +333,7 @@ def test_connection_of_this_process_is_used_again(cluster: Cluster) -> None:
         (64, WorkerShape(), r"asked for 64 worker\(s\) of 1 CPU core each, .* has 6 CPU cores and 2 GPUs .* hold 6"),
         (2, WorkerShape(gpus=2.0), r"asked for 2 worker\(s\) of 1 CPU core and 2 GPU each, .* hold 1; ask for fewer"),
         (None, WorkerShape(threads=16), r"asked for at least 1 worker\(s\) of 16 CPU cores each"),
+        (1, WorkerShape(memory_bytes=2**50), r"asked for 1 worker\(s\) of 1 CPU core and 1048576.0 GiB of memory each"),
     ],
 )
 def test_workers_that_never_fit_are_refused(

@@ -370,7 +370,7 @@ def test_the_other_parts_have_their_figures_on_the_page(measured: Path, tmp_path
     text = page_of(measured, tmp_path / "out")
     (record,) = all_records("epoch", measured)
     assert f"| {record['cells'][0]['values']['prune_seconds']:.1f} |" in text
-    assert text.count("Not measured yet.") == 3  # selection, scaling and ablation
+    assert text.count("Not measured yet.") == 5  # selection, scaling, ablation, actors and engine
     assert (tmp_path / "out" / "plots" / "latency.svg").exists()
     (record,) = all_records("sweep", measured)
     assert f"| {record['cells'][0]['values']['ratio']:.2f} | 13 |" in text
@@ -461,5 +461,7 @@ def test_all_parts_are_reached() -> None:
         "latency",
         "sweep",
         "ablation",
+        "actors",
+        "engine",
     }
     assert [network for _, network in choose("scaling", "all")] == ["synthetic"]

@@ -99,7 +99,7 @@ def assert_one_sentence(error: str, *fragments: str) -> None:
 def install_flow(monkeypatch: pytest.MonkeyPatch, behaviour: Callable[[Any], Any]) -> None:
     """Replace the flow, its workers and the tracking server: engines take long to start."""
     monkeypatch.setattr("tasks.tracking.check", lambda: None)
-    monkeypatch.setattr("flows.workers.start_workers", lambda _: nullcontext())
+    monkeypatch.setattr("flows.workers.start_workers", lambda *_: nullcontext())
     for name in ("PREFECT_LOGGING_LEVEL", "MLFLOW_LOGGING_LEVEL"):  # --verbose sets them for its whole process
         monkeypatch.setenv(name, "ERROR")
     monkeypatch.setattr("flows.server.start_server", lambda: None)
@@ -180,6 +180,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, str | None]], tuple[str, .
     "negative epochs": (change(finetune_epochs="-1"), ("finetune_epochs", "got -1")),
     "registry name": (change(register="a/b"), ("register", "got 'a/b'")),
     "unknown device": (change(device="abacus"), ("device 'abacus'", "cpu")),
+    "negative memory": (change(memory_per_worker="-1"), ("memory_per_worker", "got -1")),
+    "store that nothing opens": (change(cache_dir="nowhere://x"), ("'nowhere://x'", "fsspec", "give a folder")),
     "missing option": (change(model=None), ("Missing option '--model'", "entprune prune --help")),
     "unknown option": (change(budget="3"), ("No such option", "--budget")),
 }
@@ -425,6 +427,16 @@ def test_options_reach_the_flow_with_inputs_loaded_once(
     assert parameters.budget().max_accuracy_drop == 1.0
     assert inputs.data.mean == (0.5,)
     assert len(inputs.checkpoint_sha256) == 64
+
+
+@pytest.mark.integration
+@pytest.mark.e2e
+def test_request_that_this_machine_can_never_meet_is_one_sentence(
+    arguments: dict[str, str | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_prune(arguments, "--gpus-per-worker", "32", "--memory-per-worker", "0.25") == 2
+    asked = "asked for at least 1 worker(s) of 1 CPU core and 32 GPU and 0.2 GiB of memory each"
+    assert_one_sentence(capsys.readouterr().err, asked, "but the cluster has", "GPUs and", "node(s)", "ask for fewer")
 
 
 # --- train, evaluate, export, inspect ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -164,6 +165,26 @@ def test_unusable_npz_is_explained(tmp_path: Path, changes: dict[str, Any], mess
 def test_unusable_options_are_explained(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_data(written(tmp_path), **options)
+
+
+def test_npz_behind_a_uri_gives_the_same_images(tmp_path: Path) -> None:
+    local = written(tmp_path)
+    fsspec.filesystem("memory").put_file(str(tmp_path / "data.npz"), "/entprune-data/data.npz")
+    first, second = load_data(local), load_data("npz:memory://entprune-data/data.npz")
+    assert first.sha256 == second.sha256
+    assert load_data(f"npz:file://{tmp_path / 'data.npz'}").sha256 == first.sha256
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("npz:memory://entprune-data/absent.npz", "expected a file at that address, found none"),
+        ("npz:nowhere://data.npz", r"expected a URI that fsspec can read, got ValueError \(Protocol not known"),
+    ],
+)
+def test_uri_that_cannot_be_read_is_explained(spec: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_data(spec)
 
 
 def test_files_that_are_no_archive_are_explained(tmp_path: Path) -> None:

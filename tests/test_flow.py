@@ -117,6 +117,9 @@ def test_report_is_complete_and_true(ground: Ground, first: tuple[dict[str, Any]
     assert report["certificate"]["passed"]
     assert report["one_shot"]["parameters"] < report["dense"]["parameters"]
     assert report["fine_tuned"] is None
+    ((_, done),) = report["engine"]["nodes"].items()
+    assert done["units"] == len(first[1].units)
+    assert report["engine"]["workers"] == done["workers"] == 2
     assert report["data"]["test_samples"] == len(ground.data.test)
     lineage = report["lineage"]
     assert lineage["checkpoint_sha256"] == sha256_file(ground.checkpoint)
@@ -172,12 +175,21 @@ def test_mlflow_run_holds_figures_lineage_and_artifacts(first: tuple[dict[str, A
 # --- the same plan everywhere -----------------------------------------------------------------------------------------
 
 
-def test_one_worker_gives_the_same_plan(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
-    alone, recorder = run(ground.parameters("alone", workers=1, cache_dir=ground.folder / "other cache"))
-    assert plan_of(alone) == plan_of(first[0])
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_any_number_of_workers_gives_the_same_plan_and_weights(
+    ground: Ground, first: tuple[dict[str, Any], Recorder], workers: int
+) -> None:
+    name = f"with {workers}"
+    other, recorder = run(ground.parameters(name, workers=workers, cache_dir=ground.folder / f"cache {name}"))
+    assert plan_of(other) == plan_of(first[0])
     assert recorder.units == first[1].units
+    assert weights_of(ground.folder / name) == weights_of(ground.folder / "first")
     for name in ("accuracy", "parameters", "macs"):
-        assert alone["one_shot"][name] == first[0]["one_shot"][name]
+        assert other["one_shot"][name] == first[0]["one_shot"][name]
 
 
 def test_library_in_process_gives_the_same_plan(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,14 @@ def test_options_and_overrides_reach_the_settings() -> None:
     config = parse_parameters({**VALID, "keep": ["conv1"], "seed": 3, "overrides": overrides}).config()
     assert (config.keep, config.seed, config.resolution, config.objective) == (("conv1",), 3, 1.2, "macs")
     assert [entry.entropy_weight for entry in config.settings] == [0.1]
+
+
+@pytest.mark.parametrize(("given", "expected"), [("a/b", Path("a/b")), ("s3://bucket/a", "s3://bucket/a")])
+def test_place_of_stored_results_is_a_folder_or_a_uri(given: str, expected: Path | str) -> None:
+    base = {"model": "lenet", "checkpoint": "c.pt", "data": "mnist", "max_accuracy_drop": 1.0, "output": "out"}
+    parameters = parse_parameters({**base, "cache_dir": given})
+    assert parameters.cache_dir == expected
+    assert PruneParameters.model_validate_json(parameters.model_dump_json()) == parameters
 
 
 def test_parameters_survive_json() -> None:

@@ -168,6 +168,21 @@ def test_run_stays_below_the_root(root: Path, field: str, place: str) -> None:
         load_inputs(parameters)
 
 
+@pytest.mark.parametrize("field", ["cache_dir", "data"])
+@pytest.mark.parametrize("place", ["file://{outside}", "local://{outside}", "simplecache::file://{outside}"])
+def test_uri_is_no_way_out_of_the_root(root: Path, field: str, place: str) -> None:
+    place = place.format(outside=root.parent / "outside.pt")
+    values = {"model": "digits_cnn", "checkpoint": "a.pt", **PRUNE}
+    parameters = parse_parameters(values | {field: f"npz:{place}" if field == "data" else place})
+    with pytest.raises(ConfigError, match=rf"^{field}: expected .*ENTPRUNE_ROOT"):
+        load_inputs(parameters)
+
+
+def test_uri_of_another_machine_is_allowed_under_a_root(root: Path) -> None:
+    places.check_location("cache_dir", "memory://folder/store")
+    places.check_location("cache_dir", f"file://{root}/store")
+
+
 @pytest.mark.parametrize("place", ["../out", "link/out", "/somewhere/out"])
 def test_results_stay_below_the_root(root: Path, place: str) -> None:
     for check in (check_output_folder, check_output_file):

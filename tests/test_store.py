@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -19,6 +22,7 @@ from torch import nn
 
 from entprune import PathSetting, PruneConfig
 from entprune.datasets import ArraySplit, ImageData
+from entprune.errors import ConfigError
 from entprune.finetune import FinetuneConfig
 from entprune.groups import find_groups
 from entprune.models import build_model
@@ -29,7 +33,7 @@ from entprune.storage import read_bundle, write_bundle
 from tasks import keys
 from tasks.keys import StageKeys, content_key, hash_arrays, hash_images, hash_network
 from tasks.stages import keep_score, recall_score
-from tasks.store import Store
+from tasks.store import Store, open_store
 from tasks.workload import cut_out
 
 
@@ -321,3 +325,92 @@ def test_score_of_an_earlier_budget_is_what_this_budget_would_give(
     else:
         np.testing.assert_array_equal(recalled.predicted, expected)
         np.testing.assert_array_equal(recalled.state["w"], np.ones(2, np.float32))
+
+
+# --- a store elsewhere ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """URI of an empty folder in fsspec's memory."""
+    yield "memory://entprune-tests/store"
+    files = fsspec.filesystem("memory")
+    if files.exists("/entprune-tests"):
+        files.rm("/entprune-tests", recursive=True)
+
+
+def test_result_behind_a_uri_is_computed_once_and_left_nowhere_else(memory: str) -> None:
+    with open_store(memory) as store:
+        stage = Counted(store)
+        assert [stage(), stage()] == [7, 7]
+        assert stage.runs == 1
+        passage = store.path("logits", "key")
+        assert not passage.exists()
+    assert not passage.parents[1].exists()
+    with open_store(memory) as store:
+        assert store.fetch("logits", "key", load_number) == 7
+        assert store.reused == {"logits": 1}
+        store.discard("logits", "key")
+    assert fsspec.filesystem("memory").find("/entprune-tests") == []
+
+
+def test_file_uri_is_a_folder_of_this_machine(tmp_path: Path) -> None:
+    with open_store(f"file://{tmp_path}/store") as store:
+        Counted(store)()
+        assert load_number(tmp_path / "store" / "logits" / "key.safetensors") == 7
+
+
+def test_upload_that_breaks_off_leaves_the_older_result(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("memory")
+    with open_store(memory) as store:
+        store.keep("logits", "key", partial(save_number, 1))
+    real_put = type(files).put_file
+
+    def cut_off(self: Any, source: str, target: str, **options: Any) -> None:
+        real_put(self, source, target, **options)
+        raise TimeoutError("the line went dead")
+
+    with monkeypatch.context() as patch, open_store(memory) as store:
+        patch.setattr(type(files), "put_file", cut_off)
+        store.keep("logits", "key", partial(save_number, 2))
+        store.flush()
+    with open_store(memory) as store:
+        assert store.fetch("logits", "key", load_number) == 1
+    assert [Path(name).name for name in files.find("/entprune-tests")] == ["key.safetensors"]
+
+
+def test_damaged_result_behind_a_uri_is_deleted_and_computed_again(
+    memory: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_store(memory) as store:
+        Counted(store)()
+    (name,) = fsspec.filesystem("memory").find("/entprune-tests")
+    content = fsspec.filesystem("memory").cat(name)
+    fsspec.filesystem("memory").pipe(name, content[:-1] + bytes([content[-1] ^ 1]))
+    with open_store(memory) as store:
+        stage = Counted(store)
+        assert stage() == 7
+        assert stage.runs == 1
+    assert "damaged and will be computed again" in caplog.text
+    with open_store(memory) as store:
+        assert store.fetch("logits", "key", load_number) == 7
+
+
+def test_place_that_does_not_answer_costs_nothing_but_the_results(
+    memory: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route to the server\nand a traceback")
+
+    with open_store(memory) as store:
+        for name in ("isfile", "makedirs"):
+            monkeypatch.setattr(type(fsspec.filesystem("memory")), name, refuse)
+        assert Counted(store)() == 7
+    assert "cannot be read: RuntimeError: no route to the server" in caplog.text
+    assert "results of this run are not stored: cannot write 'memory://entprune-tests/store/logits" in caplog.text
+
+
+@pytest.mark.parametrize("uri", ["nowhere://bucket/store", "gdrive://bucket/store"])
+def test_uri_that_cannot_be_opened_is_one_sentence(uri: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{uri}': expected a folder or a URI that fsspec can open"), open_store(uri):
+        pass

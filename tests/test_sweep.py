@@ -65,7 +65,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     save_state(trained, folder / "dense.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        with connect(None, workers=2):
+        with connect(None, workers=4):
             yield Ground(folder=folder, data=data, model=trained)
 
 
@@ -175,11 +175,17 @@ def test_sweep_without_mlflow_is_recorded_later(
 # --- the same answer everywhere ---------------------------------------------------------------------------------------
 
 
-def test_one_worker_gives_the_same_answer(ground: Ground, first: tuple[dict[str, Any], Recorder]) -> None:
-    alone, _ = run(ground.parameters("alone", cache="other cache", workers=1))
-    assert figures(alone) == figures(first[0])
-    assert alone["chosen"]["number"] == first[0]["chosen"]["number"]
-    assert alone["chosen"]["one_shot"]["accuracy"] == first[0]["chosen"]["one_shot"]["accuracy"]
+@pytest.mark.parametrize("workers", [1, 4])
+def test_any_number_of_workers_gives_the_same_answer(
+    ground: Ground, first: tuple[dict[str, Any], Recorder], workers: int
+) -> None:
+    name = f"with {workers}"
+    other, _ = run(ground.parameters(name, cache=f"cache {name}", workers=workers))
+    assert figures(other) == figures(first[0])
+    assert other["chosen"]["number"] == first[0]["chosen"]["number"]
+    assert other["chosen"]["one_shot"]["accuracy"] == first[0]["chosen"]["one_shot"]["accuracy"]
+    weights = [(ground.folder / folder / "chosen" / "model" / "model.safetensors") for folder in ("first", name)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_setting_gives_in_process_and_alone_what_it_gives_in_the_sweep(

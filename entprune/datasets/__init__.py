@@ -40,6 +40,7 @@ def load_data(
             - ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``: torchvision's layout under ``root``;
             - ``npz:FILE``: arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, and if wanted ``num_classes`` and
               ``class_names``; images (n, h, w), (n, h, w, c) or (n, c, h, w), where c is the smaller of the outer axes;
+              FILE may be a URI that fsspec opens, such as ``s3://bucket/images.npz``;
             - ``imagefolder:DIR``: files in ``train/CLASS/`` and ``test/CLASS/`` or ``val/CLASS/``;
             - ``package.module:factory``: a function that returns an :class:`ImageData`; it gets those of the arguments
               below that it accepts.
@@ -60,7 +61,7 @@ def load_data(
     if kind == "imagefolder" and location:
         return load_folder(spec, Path(location), mean, std, image_size)
     if kind == "npz" and location:
-        data = load_npz(spec, Path(location), mean, std)
+        data = load_npz(spec, location, mean, std)
     elif spec == "digits":
         data = load_digits(mean, std)
     elif spec in DOWNLOADED:

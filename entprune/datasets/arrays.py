@@ -6,6 +6,7 @@ Axes: n samples, c channels, h and w pixels.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ def _open_downloaded(name: str, factory: Callable[..., Any], root: Path, is_trai
         ) from cause
 
 
-def load_npz(spec: str, path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> ImageData:
-    """Load the user's own arrays from one archive."""
-    arrays = _read_npz(spec, path)
+def load_npz(spec: str, location: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> ImageData:
+    """Load the user's own arrays from one archive, a file or what a URI names."""
+    arrays = _read_npz(spec, _fetch(spec, location) if "://" in location else _existing(spec, Path(location)))
     x_train, y_train, x_test, y_test = (arrays[name] for name in _NPZ_ARRAYS)
     num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else None
     class_names = [str(name) for name in arrays["class_names"].ravel()] if "class_names" in arrays else None
@@ -96,11 +97,32 @@ def load_npz(spec: str, path: Path, mean: Sequence[float] | None, std: Sequence[
     )
 
 
-def _read_npz(spec: str, path: Path) -> dict[str, npt.NDArray[Any]]:
+def _existing(spec: str, path: Path) -> Path:
     if not path.is_file():
         raise DataError(f"data '{spec}': expected a file '{path}', found none; check the path.")
+    return path
+
+
+def _fetch(spec: str, uri: str) -> io.BytesIO:
+    """The bytes of a remote file."""
+    import fsspec  # late: only URIs need it
+
     try:
-        archive = np.load(path, allow_pickle=False)
+        with fsspec.open(uri, "rb") as stream:
+            return io.BytesIO(stream.read())
+    except FileNotFoundError as cause:
+        raise DataError(f"data '{spec}': expected a file at that address, found none; check the URI.") from cause
+    except Exception as cause:  # each back end raises errors of its own
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".")
+        raise DataError(
+            f"data '{spec}': expected a URI that fsspec can read, got {type(cause).__name__} ({reason}); check the "
+            "address, your rights there, and that the package for its protocol is installed."
+        ) from cause
+
+
+def _read_npz(spec: str, source: Path | io.BytesIO) -> dict[str, npt.NDArray[Any]]:
+    try:
+        archive = np.load(source, allow_pickle=False)
     except Exception as cause:  # a damaged file can make the reader raise almost anything
         raise DataError(
             f"data '{spec}': expected a file written by numpy.savez, but it cannot be read as one."

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from entprune.errors import ConfigError, EntpruneError
-from infra.benchmark import ablation, budgets, epoch, latency, scaling, selection, sweep_cost
+from infra.benchmark import ablation, actors, budgets, engine, epoch, latency, scaling, selection, sweep_cost
 from infra.benchmark.networks import NETWORKS, Folders
 from infra.benchmark.parts import Meter, Part, Request
 from infra.benchmark.records import RESULTS, Record, Subject, describe_run
 from infra.benchmark.selectors import METHODS
 
 PARTS: dict[str, Part] = {
-    module.PART.name: module.PART for module in (selection, budgets, epoch, scaling, latency, sweep_cost, ablation)
+    module.PART.name: module.PART
+    for module in (selection, budgets, epoch, scaling, latency, sweep_cost, ablation, actors, engine)
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from entprune.errors import ConfigError, EntpruneError
 from entprune.storage import atomic_write_text
-from infra.benchmark import plots, tables
+from infra.benchmark import engine_tables, plots, tables
 from infra.benchmark.ablation_tables import ablation_page
 from infra.benchmark.records import HERE, RESULTS, all_records
 
@@ -28,6 +28,8 @@ _SECTIONS: tuple[tuple[str, str, Callable[[tables.Records], list[str]]], ...] = 
     ("scaling", "Cost against the number of images", tables.scaling_section),
     ("latency", "Multiply-accumulates and milliseconds", tables.latency_section),
     ("sweep", "Many settings beside one", tables.sweep_section),
+    ("actors", "Two actors on two cores", engine_tables.actors_section),
+    ("engine", "What the engine adds to the library", engine_tables.engine_section),
 )
 
 
