@@ -122,7 +122,7 @@ def _tab_address(port: str) -> str:
 
     end = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < end:
-        with urlopen(f"http://127.0.0.1:{port}/json/list", timeout=_PATIENCE_SECONDS) as answer:  # noqa: S310 -- our own
+        with urlopen(f"http://127.0.0.1:{port}/json/list", timeout=_PATIENCE_SECONDS) as answer:
             tabs = [tab for tab in json.load(answer) if tab["type"] == "page"]
         if tabs:
             return str(tabs[0]["webSocketDebuggerUrl"])

@@ -105,7 +105,10 @@ def make_report(**changes: Any) -> dict[str, Any]:
             make_candidate(0.02, 40.0),
         ],
         "validation": {"dense_accuracy": 99.2, "images": 5000},
-        "other_layers": {"parameters": {"dense": 200_000, "pruned": 20_000}, "macs": {"dense": 400_000, "pruned": 220_000}},
+        "other_layers": {
+            "parameters": {"dense": 200_000, "pruned": 20_000},
+            "macs": {"dense": 400_000, "pruned": 220_000},
+        },
         "plan": {
             "plan_version": 1,
             "groups": [

@@ -40,17 +40,17 @@ _ROUNDS_NOTE = (
 )
 _NETWORK_NOTE = (
     "From the input at the top to the output at the bottom. A group is a set of channels that can only be kept or "
-    "removed together; it is named after the first layer that computes it. Hatched: before; solid: after. Parameters "
-    "and MACs are those of the layers that compute the group, as shares of the whole unpruned network. Output lost: how "
-    "much of the variance of what the next layers compute cannot be had from the kept channels."
+    "removed together; it is named after the first layer that computes it. Hatched: before; solid: after. "
+    "Parameters and MACs are those of the layers that compute the group, as shares of the whole unpruned network. Output "
+    "lost: how much of the variance of what the next layers compute cannot be had from the kept channels."
 )
 _SEARCH_NOTE = (
-    "Each mark is one smaller network: how small it is, and how much accuracy it lost on the validation images. The line "
-    "above a mark ends at the upper confidence bound, by which it is judged: it has to stay below the budget. A mark at "
-    "the upper edge with an arrow lost more than fits. Point at a mark, or tap it, for its figures."
+    "Each mark is one smaller network: how small it is, and how much accuracy it lost on the validation images. The "
+    "line above a mark ends at the upper confidence bound, by which it is judged: it has to stay below the budget. A "
+    "mark at the upper edge with an arrow lost more than fits. Point at a mark, or tap it, for its figures."
 )
 _GROUPS_NOTE = (
-    "Solving gives every channel of a group a probability w, and most of them fall to zero: these channels are removed. "
+    "Solving gives every channel of a group a probability w, and those that fall to zero can be removed. "
     "Effective channels: exp H(w), the number of equally important channels that would have the same entropy H."
 )
 _PROBABILITY_CAPTION = "Probabilities at the point of the solver's path nearest to the chosen width."
