@@ -100,6 +100,7 @@ def open_page(chromium: str) -> Iterator[Page]:
                 page = Page(socket)
                 for domain in ("Page", "Network", "Runtime", "Log"):
                     page.call(f"{domain}.enable")
+                page.call("Emulation.setFocusEmulationEnabled", enabled=True)
                 yield page
         finally:
             process.terminate()

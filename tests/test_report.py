@@ -15,129 +15,28 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from entprune.errors import OutputError
-from entprune.path import PathSetting, SettingPath, SparsityPath
 from entprune.report import collect_warnings, environment, render_html, write_report
 from entprune.report.page import render_page
 from entprune.report.style import LIGHT
 from entprune.report.wording import UNKNOWN, format_count, format_fraction, format_seconds
 from entprune.storage import load_path
+from tests.reports import (
+    GROUPS,
+    make_candidate,
+    make_figures,
+    make_path,
+    make_paths,
+    make_pruned,
+    make_report,
+    without_figures,
+)
 
-GROUPS = (("conv1", 6, 2), ("layer1.0.conv2", 10, 10))
 EMPTY_TAGS = {"meta", "br", "hr", "img", "link", "input"}
-
-
-def make_path(name: str, num_channels: int) -> SparsityPath:
-    settings = []
-    for entropy_weight in (0.0, 0.3):
-        order = np.arange(num_channels)
-        snapshots = np.zeros((num_channels, num_channels), dtype=np.float32)
-        for row, alive in enumerate(range(num_channels, 0, -1)):
-            snapshots[row, :alive] = np.linspace(2.0, 1.0, alive) / np.linspace(2.0, 1.0, alive).sum()
-        errors = (1.0 - entropy_weight) * np.linspace(1.0, 0.0, num_channels + 1) ** 2
-        setting = PathSetting(entropy_weight=entropy_weight)
-        settings.append(
-            SettingPath(setting=setting, order=order, errors=errors, snapshots=snapshots, status="complete")
-        )
-    stacked = np.stack([entry.errors for entry in settings])
-    return SparsityPath(
-        group=name, num_consumers=1, settings=tuple(settings), errors=stacked.min(0), choice=stacked.argmin(0)
-    )
-
-
-def make_paths() -> dict[str, SparsityPath]:
-    return {name: make_path(name, channels) for name, channels, _ in GROUPS}
-
-
-def make_figures(**changes: Any) -> dict[str, Any]:
-    return {"accuracy": 99.0, "parameters": 400_000, "macs": 2_000_000, "latency_ms": {"1": 0.6, "64": 12.0}} | changes
-
-
-def make_pruned(**changes: Any) -> dict[str, Any]:
-    return make_figures(
-        accuracy=98.75, parameters=40_000, macs=400_000, latency_ms={"1": 0.3, "64": 4.0},
-        accuracy_drop=0.25, parameters_removed=0.9, macs_removed=0.8,
-    ) | changes  # fmt: skip
-
-
-def make_candidate(kept_fraction: float, drop: float, **changes: Any) -> dict[str, Any]:
-    return {
-        "round": 1, "kept_fraction": kept_fraction, "parameters": int(400_000 * kept_fraction), "macs": 400_000,
-        "parameters_removed": 1 - kept_fraction, "macs_removed": 0.8, "validation_accuracy": 99.2 - drop,
-        "validation_drop": drop, "drop_upper_bound": drop + 0.1, "images": 5000, "accepted": drop <= 0.4,
-        "chosen": False, "widths": {"conv1": 2},
-    } | changes  # fmt: skip
-
-
-def make_report(**changes: Any) -> dict[str, Any]:
-    return {
-        "schema_version": 1,
-        "model": {"spec": "lenet", "input_shape": [1, 28, 28], "num_classes": 10},
-        "data": {
-            "spec": "mnist", "sha256": "ab" * 32, "mean": [0.13], "std": [0.31],
-            "calibration_samples": 2048, "validation_samples": 5000, "test_samples": 10000,
-        },
-        "seed": 0,
-        "budget": {"max_accuracy_drop": 0.5},
-        "budget_met": True,
-        "dense": make_figures(),
-        "one_shot": make_pruned(),
-        "fine_tuned": None,
-        "certificate": {"max_abs_difference": 3e-7, "tolerance": 1e-4, "num_images": 32, "passed": True},
-        "groups": [
-            {
-                "name": name, "channels": channels, "kept": kept, "reconstruction_error": 0.08, "entropy": 1.0,
-                "effective_channels": 2.7, "setting": "entropy +0", "note": "read by fc",
-                "channel_probability": [1 / kept] * kept + [0.0] * (channels - kept),
-                "parameters": {"dense": 100_000, "pruned": 10_000}, "macs": {"dense": 800_000, "pruned": 90_000},
-            }
-            for name, channels, kept in GROUPS
-        ],
-        "unprunable": [{"layer": "fc", "reason": "its outputs are the network's outputs"}],
-        "candidates": [
-            make_candidate(0.5, 0.02),
-            make_candidate(0.1, 0.25, chosen=True),
-            make_candidate(0.02, 40.0),
-        ],
-        "validation": {"dense_accuracy": 99.2, "images": 5000},
-        "other_layers": {
-            "parameters": {"dense": 200_000, "pruned": 20_000},
-            "macs": {"dense": 400_000, "pruned": 220_000},
-        },
-        "plan": {
-            "plan_version": 1,
-            "groups": [
-                {"name": name, "num_channels": channels, "kept_channels": list(range(kept))}
-                for name, channels, kept in GROUPS
-            ],
-        },
-        "settings": {"confidence": 0.8, "threads": 1},
-        "timings_seconds": {"solve": 2.5, "total": 75.0},
-        "lineage": {"checkpoint_sha256": "cd" * 32, "mlflow_run_id": None},
-        "environment": {"python": "3.11.7"},
-        "warnings": [],
-    } | changes  # fmt: skip
-
-
-def without_figures() -> dict[str, Any]:
-    """What an in-process call without labels gives."""
-    unknown = {"accuracy": None, "latency_ms": None}
-    unjudged = {"validation_accuracy": None, "validation_drop": None, "drop_upper_bound": None, "images": 0}
-    return make_report(
-        model={"spec": None, "input_shape": [1, 8, 8], "num_classes": 2},
-        data=make_report()["data"] | {"spec": None, "sha256": None},
-        budget={"parameters_removed": 0.9},
-        dense=make_figures(**unknown),
-        one_shot=make_pruned(**unknown, accuracy_drop=None),
-        candidates=[make_candidate(0.1, 0.0, chosen=True) | unjudged],
-        validation={"dense_accuracy": None, "images": 0},
-        lineage={},
-    )
 
 
 class Checker(HTMLParser):

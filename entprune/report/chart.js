@@ -169,10 +169,10 @@
           tabindex: 0, role: "img", "aria-label": point.lines.join(", "),
         });
         tell(mark, point.lines);
-        if (over) {
+        if (over && !data.kinds[kind].quiet) {
           const text = `↑ ${short(point.y)}`, edge = at[0] > width - 60;
           node(svg, "text", { x: at[0], y: at[1] + 20, "text-anchor": edge ? "end" : "middle", class: "halo" }, text);
-        } else if (point.label) {
+        } else if (!over && point.label) {
           const edge = at[0] > width - 40;
           node(svg, "text", { x: at[0] + (edge ? -9 : 9), y: at[1] - 7, "text-anchor": edge ? "end" : "start",
             class: "halo label" }, point.label);

@@ -41,7 +41,7 @@ _ROUNDS_NOTE = (
 _NETWORK_NOTE = (
     "From the input at the top to the output at the bottom. A group is a set of channels that can only be kept or "
     "removed together; it is named after the first layer that computes it. Hatched: before; solid: after. "
-    "Parameters and MACs are those of the layers that compute the group, as shares of the whole unpruned network. Output "
+    "Parameters and MACs are those of the layers that compute the group, as shares of the unpruned network. Output "
     "lost: how much of the variance of what the next layers compute cannot be had from the kept channels."
 )
 _SEARCH_NOTE = (
