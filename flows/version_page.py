@@ -71,8 +71,8 @@ def _summary(content: Mapping[str, Any]) -> list[str]:
     model, shape = content["model"], " × ".join(str(size) for size in content["model"]["input_shape"])
     how = "then fine-tuned." if content["fine_tuned"] else "without a single training step."
     return [
-        f"A smaller `{model['spec']}` for images of {shape} and {model['num_classes']} classes. Whole channels were taken",
-        f"out, and the remaining weights computed anew from training images, {how}",
+        f"A smaller `{model['spec']}` for images of {shape} and {model['num_classes']} classes. Whole channels are",
+        f"taken out, and the remaining weights computed anew from training images, {how}",
         "",
         f"Asked: {describe_budget(_budget(content))}. {describe_outcome(content)}",
     ]

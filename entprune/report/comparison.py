@@ -80,30 +80,35 @@ def _machine(report: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _figures(runs: Runs) -> str:
-    rows = []
-    for number, (name, report) in enumerate(runs, 1):
-        dense, result = report["dense"], result_of(report)
-        times = [(figures.get("latency_ms") or {}).get(_BATCH) for figures in (dense, result)]
-        rows.append(
-            [
-                f"#{number}",
-                name,
-                model_name(report),
-                report["data"].get("spec") or "in process",
-                describe_budget(report["budget"]),
-                "fine-tuned" if report.get("fine_tuned") else "one shot",
-                f"{format_accuracy(dense.get('accuracy'))} → {format_accuracy(result.get('accuracy'))}",
-                format_points(result.get("accuracy_drop")),
-                format_fraction(result["parameters_removed"]),
-                format_count(result["parameters"]),
-                format_fraction(result["macs_removed"]),
-                f"{format_milliseconds(times[0])} → {format_milliseconds(times[1])}",
-                speed_up(dense, result, _BATCH),
-            ]
-        )
-    head = ["", "run", "network", "data", "asked for", "", "test accuracy", "change", "parameters removed", "left",
-            "MACs removed", f"time, {_BATCH} images", "speed-up"]  # fmt: skip
-    return section("Figures", f"<div class='card'>{table(head, rows, kinds='ncttttnnnnnnn')}</div>")
+    columns = [_column(report) for _, report in runs]
+    rows = [[title, *(column[title] for column in columns)] for title in columns[0]]
+    listed = table(_heads(runs), rows, kinds="t" + "s" * len(runs))
+    return section("Figures", f"<div class='card'>{listed}</div>")
+
+
+def _heads(runs: Runs) -> list[str]:
+    return ["", *(f"#{number} {name}" for number, (name, _) in enumerate(runs, 1))]
+
+
+def _column(report: Mapping[str, Any]) -> dict[str, str]:
+    """What is told of one run."""
+    dense, result, certificate = report["dense"], result_of(report), report.get("certificate")
+    times = [(figures.get("latency_ms") or {}).get(_BATCH) for figures in (dense, result)]
+    return {
+        "network": model_name(report),
+        "data": str(report["data"].get("spec") or "in process"),
+        "asked for": describe_budget(report["budget"]),
+        "afterwards": "fine-tuned" if report.get("fine_tuned") else "no training step",
+        "test accuracy": f"{format_accuracy(dense.get('accuracy'))} → {format_accuracy(result.get('accuracy'))}",
+        "change": format_points(result.get("accuracy_drop")),
+        "parameters removed": format_fraction(result["parameters_removed"]),
+        "parameters": f"{format_count(dense['parameters'])} → {format_count(result['parameters'])}",
+        "MACs removed": format_fraction(result["macs_removed"]),
+        "MACs": f"{format_count(dense['macs'])} → {format_count(result['macs'])}",
+        f"time, {_BATCH} images": f"{format_milliseconds(times[0])} → {format_milliseconds(times[1])}",
+        "speed-up": speed_up(dense, result, _BATCH),
+        "certificate": "not made" if not certificate else "passed" if certificate["passed"] else "FAILED",
+    }
 
 
 def _charts(runs: Runs) -> str:
@@ -121,7 +126,7 @@ def _charts(runs: Runs) -> str:
         )
         for axis, (heading, title) in _AXES.items()
     ]  # fmt: skip
-    return section("Accuracy against size", f"<div class='figures wide'>{''.join(figures)}</div>", note=_NOTE)
+    return section("Accuracy against size", f"<div class='figures'>{''.join(figures)}</div>", note=_NOTE)
 
 
 def _point(number: int, name: str, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,8 +191,7 @@ def _settings(runs: Runs) -> str:
     rows = [[name.replace("_", " "), *cells] for name, cells in values.items() if len(set(cells)) > 1]
     if not rows:
         return section("Settings that differ", "<p>None: all runs were asked for the same.</p>")
-    head = ["", *(f"#{number} {name}" for number, (name, _) in enumerate(runs, 1))]
-    listed = table(head, rows, kinds="t" + "v" * len(runs))
+    listed = table(_heads(runs), rows, kinds="t" + "v" * len(runs))
     return section("Settings that differ", f"<div class='card'>{listed}</div>", note=_SETTINGS_NOTE)
 
 

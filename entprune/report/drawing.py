@@ -10,7 +10,6 @@ from typing import Any
 
 from entprune.report.pieces import text
 from entprune.report.wording import (
-    UNKNOWN,
     format_accuracy,
     format_count,
     format_fraction,
@@ -18,6 +17,7 @@ from entprune.report.wording import (
 )
 
 _LEAST_BAR = 0.4  # percent of the full length: what is there can be seen
+_LEAST_ERROR = 1e-5  # as a fraction; smaller ones are not told apart
 Columns = Sequence[tuple[str, Mapping[str, Any]]]
 
 
@@ -96,7 +96,8 @@ def _group_row(entry: Mapping[str, Any], widest: int, totals: Mapping[str, int])
         f"<div class='track centred' style='width:{max(1.5, 100 * before / widest):.2f}%'>"
         f"{_bar(1.0, 'was')}{_bar(after / before, 'is')}</div>"
     )
-    lost = format_fraction(entry.get("reconstruction_error"))
+    error = entry.get("reconstruction_error")
+    lost = f"< {_LEAST_ERROR:.3%}".replace("%", " %") if error and error < _LEAST_ERROR else format_fraction(error)
     return _layer_row(entry["name"], entry.get("note") or "", bars, f"{before} → {after}", entry, totals, lost)
 
 
@@ -118,7 +119,7 @@ def _layer_row(
 def _share(cost: Mapping[str, int] | None, total: int, title: str) -> str:
     """Part of the unpruned network's cost, before and after."""
     if cost is None:
-        return f"<span class='share'><em>{title}</em>{UNKNOWN}</span>"
+        return "<span class='share'></span>"
     before, after = cost["dense"] / total, cost["pruned"] / total
     shown = f"{format_fraction(before)} → {format_fraction(after)}"
     counts = f"{format_count(cost['dense'])} → {format_count(cost['pruned'])}"

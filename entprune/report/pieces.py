@@ -15,7 +15,13 @@ from typing import Any
 from entprune.report.style import style_sheet
 from entprune.report.wording import UNKNOWN
 
-_CLASSES = {"t": " class='text'", "n": " class='number'", "c": " class='name'", "v": " class='code'"}
+_CLASSES = {
+    "t": " class='text'",
+    "n": " class='number'",
+    "c": " class='name'",
+    "v": " class='code'",
+    "s": " class='short'",
+}
 
 
 def render_shell(title: str, sections: Iterable[str], *, is_drawn: bool) -> str:
@@ -103,7 +109,7 @@ def table(
     Args:
         head: column headings; none at all if they are empty.
         rows: cells, escaped here.
-        kinds: one letter for each column: t text, n number, c code on one line, v code that may be broken.
+        kinds: one letter for each column: t text, n number, c code on one line, v code that may be broken, s few words.
         emphasised: numbers of rows to stress.
     """
     classes = [_CLASSES[kind] for kind in kinds]
