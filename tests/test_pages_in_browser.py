@@ -83,6 +83,7 @@ def test_page_fits_fetches_nothing_and_has_no_fault(
     ink, paper = (page.evaluate(f"getComputedStyle(document.body).{kind}") for kind in ("color", "backgroundColor"))
     assert (brightness(ink) > brightness(paper)) is dark
     assert contrast(ink, paper) > 7
+    assert contrast(page.evaluate("getComputedStyle(document.querySelector('.quiet')).color"), paper) > 4.5
     figures = page.evaluate("document.querySelectorAll('figure[data-chart]').length")
     assert page.evaluate("document.querySelectorAll('figure[data-chart] .plot > svg').length") == figures > 0
     assert "nothing is known here" not in " ".join(texts(page, ".plot"))
