@@ -70,9 +70,11 @@ def version_page(content: Mapping[str, Any], name: str) -> str:
 def _summary(content: Mapping[str, Any]) -> list[str]:
     model, shape = content["model"], " × ".join(str(size) for size in content["model"]["input_shape"])
     how = "then fine-tuned." if content["fine_tuned"] else "without a single training step."
-    return [
-        f"A smaller `{model['spec']}` for images of {shape} and {model['num_classes']} classes. Whole channels are",
-        f"taken out, and the remaining weights computed anew from training images, {how}",
+    return [  # one line for a paragraph: MLflow breaks lines where the text does
+        (
+            f"A smaller `{model['spec']}` for images of {shape} and {model['num_classes']} classes. Whole channels are "
+            f"taken out, and the remaining weights computed anew from training images, {how}"
+        ),
         "",
         f"Asked: {describe_budget(_budget(content))}. {describe_outcome(content)}",
     ]
@@ -133,16 +135,21 @@ def _use_lines(content: Mapping[str, Any], name: str) -> list[str]:
         "Needs mlflow and torch, neither entprune nor the network's code; nothing in it is pickle.",
         "",
         "```python",
-        f'model = mlflow.pyfunc.load_model("models:/{name}@champion")  # or models:/{name}/VERSION',
-        f"logits = model.predict(images)  # float32, (n, {channels}, {height}, {width}), any n",
+        "# by alias (@champion once it is promoted, @challenger until then) or by the version's number",
+        f'model = mlflow.pyfunc.load_model("models:/{name}@champion")',
+        f"# images: float32 array of shape (n, {channels}, {height}, {width}), any n",
+        "logits = model.predict(images)",
         "```",
         "",
         (
             f"Images: pixel values scaled to 0..1, then minus mean {_short(data['mean'])}, divided by std "
             f"{_short(data['std'])}."
         ),
-        "`extra_files/preprocessing.json` says so for machines, with the class names;",
-        "`extra_files/model.onnx` is the same network for ONNX Runtime, if it is there.",
+        "",
+        (
+            "`extra_files/preprocessing.json` says so for machines, with the class names; `extra_files/model.onnx` is "
+            "the same network for ONNX Runtime, if it is there."
+        ),
     ]
 
 

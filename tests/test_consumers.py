@@ -217,7 +217,7 @@ def test_page_tells_the_story_without_the_folders_of_the_machine() -> None:
         "checkpoint of the unpruned network, SHA-256: cd34",
         "npz:mnist.npz, SHA-256 ab12",
         'mlflow.pyfunc.load_model("models:/small@champion")',
-        "(n, 1, 28, 28)",
+        "images: float32 array of shape (n, 1, 28, 28)",
         "minus mean (0.1), divided by std (0.3)",
         "- It is slower at batch 64.",
     ):

@@ -71,7 +71,7 @@ def texts(page: Page, selector: str) -> list[str]:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, 520, 1280])  # a phone, the frame in MLflow, a screen
 @pytest.mark.parametrize("name", PAGES)
 def test_page_fits_fetches_nothing_and_has_no_fault(
     name: str, width: int, dark: bool, page: Page, addresses: dict[str, str]
@@ -80,6 +80,7 @@ def test_page_fits_fetches_nothing_and_has_no_fault(
     assert page.requests == [addresses[name]]
     assert page.complaints == []
     assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
+    assert page.evaluate("[...document.querySelectorAll('dd, .row b')].every(e => e.scrollWidth <= e.clientWidth)")
     ink, paper = (page.evaluate(f"getComputedStyle(document.body).{kind}") for kind in ("color", "backgroundColor"))
     assert (brightness(ink) > brightness(paper)) is dark
     assert contrast(ink, paper) > 7

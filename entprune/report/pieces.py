@@ -172,7 +172,7 @@ def plain(value: Any) -> str:
 
 def text(value: Any) -> str:
     """Escaped text; a number and its unit stay on one line."""
-    return re.sub(r"(?<=\d) (?=(?:%|ms|s|min|points|[kMG])(?!\w))", "&nbsp;", html.escape(str(value)))
+    return re.sub(r"(?<=\d) (?=(?:%|ms|s|min|[kMG])(?!\w))", "&nbsp;", html.escape(str(value)))
 
 
 @cache
