@@ -228,7 +228,7 @@ class PageReporter:
             made = _show(lambda: create_progress_artifact(percent, key=key, description=description))
         self._updated, self._is_heard = time.monotonic(), made is not None
         if isinstance(made, UUID):
-            self._artifacts[stage] = made
+            self._artifacts.setdefault(stage, made)
 
 
 def _show(make: Callable[[], Made]) -> Made | None:
