@@ -21,6 +21,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from entprune.report.wording import (
     describe_budget,
@@ -218,7 +219,7 @@ class PageReporter:
             self._update(stage, 100.0, f"{self._name}, {_SHOWN_STAGES[stage]} took {seconds:.1f} s{told}")
 
     def _update(self, stage: str, percent: float, description: str) -> None:
-        if not self._is_heard:  # a lost server costs a minute of attempts: once is enough
+        if not self._is_heard:
             return
         known = self._artifacts.get(stage)
         if known is not None:
@@ -232,9 +233,10 @@ class PageReporter:
 
 
 def _show(make: Callable[[], Made]) -> Made | None:
-    """Do it if the API lets us."""
+    """Do it if the API lets us, at the first attempt: a lost server would cost a minute of them."""
     try:
-        return make()
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            return make()
     except Exception as error:  # noqa: BLE001 -- whatever it is, the run goes on without
         _logger.warning("nothing was added to the page of this flow run (%s)", redact(str(error)))
         return None
