@@ -69,6 +69,21 @@ class CostModel:
         total = float(self.untouched_parameters) if objective == "parameters" else 0.0
         return total + sum(float(_layer_cost(layer, widths, objective)) for layer in self.layers)
 
+    def by_group(self, widths: Mapping[str, int], objective: Objective) -> tuple[dict[str, int], int]:
+        """Cost of the layers that compute each group, and of everything that computes none; together the whole.
+
+        What one layer costs is split among the groups that it writes, in proportion to its outputs in them.
+        """
+        written: dict[str, float] = {}
+        for layer in self.layers:
+            cost = float(_layer_cost(layer, widths, objective))
+            sizes = {group: block * widths[group] for group, block in layer.output_blocks.items()}
+            outputs = max(1, layer.fixed_outputs + sum(sizes.values()))
+            for group, size in sizes.items():
+                written[group] = written.get(group, 0.0) + cost * size / outputs
+        rounded = {group: round(cost) for group, cost in written.items()}
+        return rounded, round(self.evaluate(widths, objective)) - sum(rounded.values())
+
     def blocks(self) -> dict[str, int]:
         """Channels that the first layer to write a group gets for each of the group's."""
         found: dict[str, int] = {}

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from entprune.allocation import Objective
 from entprune.artifact import ModelCard
 from entprune.assembly import RefitData, slice_network
 from entprune.certificate import Certificate, certify
@@ -46,6 +47,8 @@ from entprune.stages import (
     solve,
 )
 
+_OBJECTIVES: tuple[Objective, ...] = ("parameters", "macs")
+_OTHERS = ""  # no group is named so
 _CERTIFICATE_IMAGES, _CERTIFICATE_PIXELS = 16, 16 * 64 * 64  # at most, and not fewer than two images
 
 
@@ -350,6 +353,7 @@ def build_report(
 ) -> dict[str, Any]:
     """The content of report.json, schema version 1."""
     found, plan = facts.found, facts.plan or facts.found.chosen.plan
+    costs = {objective: _costs_by_group(facts, plan, objective) for objective in _OBJECTIVES}
     report: dict[str, Any] = {
         "schema_version": 1,
         "model": dict(model),
@@ -362,7 +366,11 @@ def build_report(
         "one_shot": _compared(one_shot, dense),
         "fine_tuned": None if fine_tuned is None else _compared(fine_tuned, dense),
         "certificate": facts.certificate.to_dict(),
-        "groups": [_group_entry(facts.network.groups, path, plan) for path in facts.paths.values()],
+        "groups": [
+            _group_entry(facts.network.groups, path, plan) | {name: cost[path.group] for name, cost in costs.items()}
+            for path in facts.paths.values()
+        ],
+        "other_layers": {name: cost[_OTHERS] for name, cost in costs.items()},
         "unprunable": [{"layer": e.layer, "reason": e.reason} for e in facts.network.groups.unprunable],
         "candidates": _candidate_entries(found, dense),
         "rounds": [{**record.to_dict(), "chosen": record is facts.chosen_round} for record in facts.rounds],
@@ -396,6 +404,15 @@ def _compared(measured: Measurement, dense: Measurement) -> dict[str, Any]:
     }
 
 
+def _costs_by_group(facts: RunFacts, plan: PruningPlan, objective: Objective) -> dict[str, dict[str, int]]:
+    """Parameters or MACs of the layers that compute each group, and of all others, in both networks."""
+    cost = facts.network.cost
+    dense, others_dense = cost.by_group({path.group: path.num_channels for path in facts.paths.values()}, objective)
+    pruned, others_pruned = cost.by_group(plan.widths(), objective)
+    entries = {group: {"dense": dense[group], "pruned": pruned[group]} for group in dense}
+    return {**entries, _OTHERS: {"dense": others_dense, "pruned": others_pruned}}
+
+
 def _group_entry(groups: ChannelGroups, path: SparsityPath, plan: PruningPlan) -> dict[str, Any]:
     width = len(plan.kept(path.group))
     probability = torch.from_numpy(path.probability(width))
@@ -408,6 +425,7 @@ def _group_entry(groups: ChannelGroups, path: SparsityPath, plan: PruningPlan) -
         "effective_channels": effective_channels(probability),
         "setting": path.settings[int(path.choice[width])].setting.label(),
         "note": f"read by {', '.join(piece.layer for piece in groups.named(path.group).consumers)}",
+        "channel_probability": [float(f"{value:.4g}") for value in probability.tolist()],
     }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `entprune prune | sweep | log | train | evaluate | export | inspect | promote | ...`.
+"""The command line: `entprune prune | sweep | report | log | train | evaluate | export | inspect | promote | ...`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: a failure that is not the
 user's; 2: something that the user can mend, in one sentence; 3: a promotion was refused; 130: interrupted.
@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows import recording
+from flows.cli_report import EPILOG as REPORT_EPILOG
+from flows.cli_report import report
 from flows.cli_sweep import EPILOG as SWEEP_EPILOG
 from flows.cli_sweep import sweep
 from flows.operations import add_commands, check_registry, register_trained
@@ -265,6 +267,11 @@ def _show_result(report: dict[str, Any], output: Path, register: str | None) -> 
 
 app.command(epilog=SWEEP_EPILOG)(sweep)
 app.command(epilog=recording.EPILOG)(recording.log)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+app.command(epilog=REPORT_EPILOG)(report)
 
 
 # --- train ------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from flows.environment import code_version, store_location
 from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
 from flows.rounds import Pruned, Rounds, prune_in_rounds, prune_once
+from flows.run_page import result_sentences, show_result, shown_progress
 from flows.server import finished
 from flows.tracked import run_name, tracked_run
 from flows.version_page import version_page, version_tags
@@ -90,9 +91,12 @@ def prune_model(parameters: PruneParameters) -> dict[str, Any]:
             run = stack.enter_context(_tracked(parameters, work))
         store = stack.enter_context(open_store(store_location(parameters.cache_dir)))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
-        outcome = _run_stages(parameters, work, engine)
+        with shown_progress(run_name(parameters)):
+            outcome = _run_stages(parameters, work, engine)
         content = publish(parameters, work, outcome, run, engine)
-    return finished(content)
+    finished(content)
+    show_result(run_name(parameters), content, parameters.output, run.address)
+    return content
 
 
 def _run_stages(parameters: PruneParameters, work: Workload, engine: Engine) -> Outcome:
@@ -166,6 +170,7 @@ def publish(
     with staging_directory(parameters.output, marker=REPORT_NAME) as folder, clock.stage("publish"):
         stages.save(outcome.result, plan, card, folder / "model", extra={"lineage": lineage})
         stages.track(run, content, outcome.pruned.paths)
+        run.describe("\n\n".join([*result_sentences(content), "Read `report.html` under Artifacts."]))
         if parameters.register is not None:
             tags, page = version_tags(content), version_page(content, parameters.register)
             version = stages.register(

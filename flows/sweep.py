@@ -21,6 +21,7 @@ from entprune.storage import atomic_write_text, staging_directory
 from flows.environment import store_location
 from flows.prune_model import finish, lineage_of, publish
 from flows.rounds import Pruned
+from flows.run_page import show_sweep, shown_progress
 from flows.server import finished
 from flows.sweep_content import Entry, choose, describe_setting, describe_sweep
 from flows.sweep_inputs import SWEEP_NAME, preflight_sweep
@@ -67,8 +68,12 @@ def sweep(parameters: SweepParameters) -> dict[str, Any]:
             run = stack.enter_context(parent)
         store = stack.enter_context(open_store(store_location(lead.cache_dir)))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
-        content = _Sweep(parameters, settings, works, engine, run).run(cluster.workers)
-    return finished(content)
+        name = f"sweep of {run_name(lead)}"
+        with shown_progress(name):
+            content = _Sweep(parameters, settings, works, engine, run).run(cluster.workers)
+    finished(content)
+    show_sweep(name, content, parameters.output, run.address)
+    return content
 
 
 class _Sweep:

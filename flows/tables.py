@@ -44,16 +44,38 @@ def result_table(report: Mapping[str, Any]) -> Table:
     for title, _ in columns:
         table.add_column(title, justify="right")
     rows = {
-        "test accuracy": lambda figures: _percent(figures["accuracy"]),
+        "test accuracy": lambda figures: _percent(figures.get("accuracy")),
         "accuracy drop": lambda figures: _points(figures.get("accuracy_drop")),
         "parameters": lambda figures: _size(figures["parameters"], figures.get("parameters_removed")),
         "MACs": lambda figures: _size(figures["macs"], figures.get("macs_removed")),
-        "latency, batch 1": lambda figures: _milliseconds(figures["latency_ms"].get("1")),
-        "latency, batch 64": lambda figures: _milliseconds(figures["latency_ms"].get("64")),
+        "latency, batch 1": lambda figures: _milliseconds((figures["latency_ms"] or {}).get("1")),
+        "latency, batch 64": lambda figures: _milliseconds((figures["latency_ms"] or {}).get("64")),
     }
     for title, cell in rows.items():
         table.add_row(title, *(cell(figures) for _, figures in columns))
     table.add_row("certificate", _MISSING, *[certificate_text(report["certificate"])] * (len(columns) > 1))
+    return table
+
+
+def comparison_table(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """One line for each run, from a name and the content of its report.json."""
+    table = Table(title="Runs", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("run", overflow="fold")
+    for title in ("accuracy", "drop", "params", "MACs", "batch 64", "certificate"):
+        table.add_column(title, justify="right", no_wrap=title != "certificate")
+    for number, (name, report) in enumerate(runs, 1):
+        figures, certificate = report.get("fine_tuned") or report["one_shot"], report.get("certificate")
+        table.add_row(
+            str(number),
+            escape(name),
+            _percent(figures.get("accuracy")),
+            _points(figures.get("accuracy_drop")),
+            f"−{100 * figures['parameters_removed']:.1f}%",
+            f"−{100 * figures['macs_removed']:.1f}%",
+            _milliseconds((figures.get("latency_ms") or {}).get("64")),
+            _MISSING if not certificate else "[green]passed[/green]" if certificate["passed"] else "[red]failed[/red]",
+        )
     return table
 
 

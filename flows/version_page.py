@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entprune.report.wording import (
+    describe_budget,
+    describe_certificate,
+    describe_outcome,
+    format_fraction,
+    result_of,
+)
+
 _FIGURES = ("accuracy", "accuracy_drop", "parameters", "parameters_removed", "macs", "macs_removed")
 
 
@@ -46,17 +54,12 @@ def version_page(content: Mapping[str, Any], name: str) -> str:
         content: of report.json.
         name: in the registry.
     """
-    model, certificate = content["model"], content["certificate"]
-    stage = "fine-tuned" if content["fine_tuned"] else "one-shot, no gradient step"
+    figures = result_of(content)
+    removed = f"{format_fraction(figures['parameters_removed'])} of the parameters removed"
     sections = {
-        f"## {model['spec']}, pruned by entropy ({stage})": _summary(content),
-        "### Figures": _figures_table(content),
-        "### Certificate": [
-            (
-                f"Equals the masked full-size network within {certificate['max_abs_difference']:.0e}, "
-                f"allowed {certificate['tolerance']:g}."
-            )
-        ],
+        f"## {content['model']['spec']}, pruned: {removed}": _summary(content),
+        "### Before and after": _figures_table(content),
+        "### Certificate": [describe_certificate(content["certificate"])],
         "### Origin": _origin_lines(content),
         "### Use": _use_lines(content, name),
         "### Limits": _limit_lines(content),
@@ -65,11 +68,15 @@ def version_page(content: Mapping[str, Any], name: str) -> str:
 
 
 def _summary(content: Mapping[str, Any]) -> list[str]:
-    model, shape = content["model"], " x ".join(str(size) for size in content["model"]["input_shape"])
-    return [
-        f"A channel-pruned `{model['spec']}` for {model['num_classes']} classes of {shape} images,",
-        f"cut to {_budget_text(content)},",
-        f"measured on {content['data']['test_samples']} test images that nothing was selected on.",
+    model, shape = content["model"], " × ".join(str(size) for size in content["model"]["input_shape"])
+    how = "then fine-tuned." if content["fine_tuned"] else "without a single training step."
+    return [  # one line for a paragraph: MLflow breaks lines where the text does
+        (
+            f"A smaller `{model['spec']}` for images of {shape} and {model['num_classes']} classes. Whole channels are "
+            f"taken out, and the remaining weights computed anew from training images, {how}"
+        ),
+        "",
+        f"Asked: {describe_budget(_budget(content))}. {describe_outcome(content)}",
     ]
 
 
@@ -83,17 +90,6 @@ def _budget(content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content["budget"].items() if value is not None}
 
 
-def _budget_text(content: Mapping[str, Any]) -> str:
-    wording = {
-        "max_accuracy_drop": "at most {:g} accuracy points lost",
-        "parameters_removed": "{:.0%} of the parameters removed",
-        "macs_removed": "{:.0%} of the multiply-accumulates removed",
-        "latency_removed": f"{{:.0%}} of the latency of {content['budget'].get('latency_batch')} images removed",
-    }
-    texts = [wording[name].format(value) for name, value in _budget(content).items() if name in wording]
-    return f"a budget of {' and '.join(texts)}" if texts else "a budget"
-
-
 def _figures_table(content: Mapping[str, Any]) -> list[str]:
     dense, figures = content["dense"], content["fine_tuned"] or content["one_shot"]
     rows = [
@@ -101,7 +97,7 @@ def _figures_table(content: Mapping[str, Any]) -> list[str]:
         ("parameters", f"{dense['parameters']:,}", f"{figures['parameters']:,}", "parameters_removed"),
         ("multiply-accumulates", f"{dense['macs']:,}", f"{figures['macs']:,}", "macs_removed"),
     ]
-    lines = ["| | dense | this version | change |", "| --- | ---: | ---: | ---: |"]
+    lines = ["|  | unpruned | this version | change |", "| --- | ---: | ---: | ---: |"]
     for title, before, after, change in rows:
         value = figures[change]
         text = f"-{value:.2f} points" if change == "accuracy_drop" else f"-{value:.1%}"
@@ -110,21 +106,24 @@ def _figures_table(content: Mapping[str, Any]) -> list[str]:
         before = dense["latency_ms"].get(batch)
         cells = (f"{before:.2f} ms" if before else "", f"{milliseconds:.2f} ms")
         change = f"{milliseconds / before - 1:+.0%}" if before else ""
-        lines.append(f"| latency, batch {batch} | {cells[0]} | {cells[1]} | {change} |")
+        lines.append(f"| time, {batch} image{'s' if batch != '1' else ''} | {cells[0]} | {cells[1]} | {change} |")
     return lines
 
 
 def _origin_lines(content: Mapping[str, Any]) -> list[str]:
     lineage, data = content["lineage"], content["data"]
     entries = {
-        "dense version": lineage.get("dense_version"),
-        "dense checkpoint, SHA-256": lineage.get("checkpoint_sha256"),
+        "unpruned version": lineage.get("dense_version"),
+        "checkpoint of the unpruned network, SHA-256": lineage.get("checkpoint_sha256"),
         "data": f"{data_name(data['spec'])}, SHA-256 {data['sha256']}",
-        "images": f"calibrated on {data['calibration_samples']} for training, chosen on {data['validation_samples']}",
+        "images": (
+            f"{data['calibration_samples']:,} training images for the weights, {data['validation_samples']:,} further "
+            f"ones to choose by, {data['test_samples']:,} test images for the figures above"
+        ),
         "code": lineage.get("code_version"),
         "MLflow run": lineage.get("mlflow_run_id"),
         "Prefect flow run": lineage.get("prefect_flow_run_id"),
-        "measured on": measured_on(content["environment"]),
+        "machine": measured_on(content["environment"]),
     }
     return [f"- {title}: {text}" for title, text in entries.items() if text]
 
@@ -136,23 +135,28 @@ def _use_lines(content: Mapping[str, Any], name: str) -> list[str]:
         "Needs mlflow and torch, neither entprune nor the network's code; nothing in it is pickle.",
         "",
         "```python",
-        f'model = mlflow.pyfunc.load_model("models:/{name}@champion")  # or models:/{name}/VERSION',
-        f"logits = model.predict(images)  # float32, (n, {channels}, {height}, {width}), any n",
+        "# by alias (@champion once it is promoted, @challenger until then) or by the version's number",
+        f'model = mlflow.pyfunc.load_model("models:/{name}@champion")',
+        f"# images: float32 array of shape (n, {channels}, {height}, {width}), any n",
+        "logits = model.predict(images)",
         "```",
         "",
         (
             f"Images: pixel values scaled to 0..1, then minus mean {_short(data['mean'])}, divided by std "
             f"{_short(data['std'])}."
         ),
-        "`extra_files/preprocessing.json` says so for machines, with the class names;",
-        "`extra_files/model.onnx` is the same network for ONNX Runtime, if it is there.",
+        "",
+        (
+            "`extra_files/preprocessing.json` says so for machines, with the class names; `extra_files/model.onnx` is "
+            "the same network for ONNX Runtime, if it is there."
+        ),
     ]
 
 
 def _limit_lines(content: Mapping[str, Any]) -> list[str]:
     lines = [
-        "- The figures hold for images like the test images; the drop on other data was not measured.",
-        "- Latencies hold for the machine above alone.",
+        "- Accuracy was measured on the test images, by which nothing was chosen; on other images it is unknown.",
+        "- Milliseconds hold for the machine above alone.",
     ]
     return lines + [f"- {warning}" for warning in content.get("warnings", ())]
 

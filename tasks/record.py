@@ -236,6 +236,11 @@ class TrackedRun:
         """MLflow's id, or what stands for it until there is one."""
         return self.record.run_id(self._token)
 
+    @property
+    def address(self) -> str | None:
+        """Where its page is in the web; None where there is none, or MLflow has not heard of everything."""
+        return None if self.record.waiting() else tracking.run_address(self.id)
+
     def open_child(self, name: str, tags: Mapping[str, Any]) -> TrackedRun:
         """Start a run that belongs to this one."""
         return self.record.open_run(self._experiment, name, tags, parent=self.id)
@@ -244,6 +249,10 @@ class TrackedRun:
         """Record what the run was asked to do; nested mappings get dotted names, and None is left out."""
         known = {key(name): text(value) for name, value in flatten(params) if value is not None}
         self._tell({"kind": "params", "params": known})
+
+    def describe(self, markdown: str) -> None:
+        """Say on the run's page what it came to."""
+        self._tell({"kind": "note", "markdown": markdown})
 
     def numbers(self, metrics: Mapping[str, Any], step: int = 0) -> None:
         """Record numbers; nested mappings get dotted names, and what is not a number is left out."""
@@ -308,6 +317,7 @@ class TrackedRun:
 _TELL: dict[str, Callable[[Entry], Any]] = {
     "params": lambda told: tracking.log_params(told["run"], told["params"]),
     "metrics": lambda told: tracking.log_numbers(told["run"], told["metrics"], told["time"]),
+    "note": lambda told: tracking.describe_run(told["run"], told["markdown"]),
     "end": lambda told: tracking.close_run(told["run"], told["status"]),
 }
 

@@ -151,6 +151,26 @@ def find_marked_version(name: str, tag: str, value: str) -> int | None:
     return next((int(version.version) for version in found if version.tags.get(tag) == value), None)
 
 
+def describe_run(run_id: str, markdown: str) -> None:
+    """Say on the run's page what it came to."""
+    with reported("describe the run"):
+        client().set_tag(run_id, "mlflow.note.content", markdown)
+
+
+def run_address(run_id: str) -> str | None:
+    """Where the run's page is in the web; None where runs are kept in a database, or the server does not tell."""
+    uri = tracking_uri()
+    if not uri.startswith(("http://", "https://")):
+        return None
+    try:
+        experiment_id = client().get_run(run_id).info.experiment_id
+    except failures():
+        return None
+    parts = urlsplit(uri)
+    public = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password
+    return f"{public.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
 def close_run(run_id: str, status: str = "FINISHED") -> None:
     """End a run.
 

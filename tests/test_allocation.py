@@ -76,6 +76,27 @@ def test_cost_along_one_group_is_the_difference_of_whole_costs() -> None:
         np.testing.assert_allclose(np.diff(along), np.diff(whole))
 
 
+@pytest.mark.parametrize("build", [Chain, Residual, Bottleneck, Concat, Depthwise])
+def test_costs_of_groups_and_of_the_rest_are_the_whole(build: Callable[[], nn.Module]) -> None:
+    model = build().eval()
+    groups = find_groups(model, torch.zeros(2, *IMAGE_SHAPE))
+    cost = build_cost_model(model, groups, IMAGE_SHAPE)
+    widths = {group.name: group.num_channels for group in groups.groups}
+    for objective in OBJECTIVES:
+        parts, rest = cost.by_group(widths, objective)
+        assert set(parts) == set(widths)
+        assert min(parts.values()) > 0
+        assert sum(parts.values()) + rest == cost.evaluate(widths, objective)
+
+
+def test_cost_of_a_group_is_that_of_the_layers_that_write_it() -> None:
+    model = build_model("lenet", num_classes=10, input_shape=(1, 28, 28))
+    cost = build_cost_model(model, find_groups(model, torch.zeros(2, 1, 28, 28)), (1, 28, 28))
+    parts, rest = cost.by_group({"conv1": 10, "conv2": 16, "fc1": 51}, "parameters")
+    assert parts == {"conv1": 10 * 25 + 10, "conv2": 16 * 10 * 25 + 16, "fc1": 51 * 16 * 16 + 51}
+    assert rest == 51 * 10 + 10
+
+
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 

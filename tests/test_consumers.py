@@ -190,10 +190,11 @@ def make_report(**changes: Any) -> dict[str, Any]:
         },
         "budget": {"max_accuracy_drop": 0.5},
         "budget_met": True,
+        "validation": {"dense_accuracy": 99.1, "images": 300},
         "dense": dense,
         "one_shot": figures | compared,
         "fine_tuned": None,
-        "certificate": {"max_abs_difference": 1e-15, "tolerance": 1e-4, "passed": True},
+        "certificate": {"max_abs_difference": 1e-15, "tolerance": 1e-4, "num_images": 32, "passed": True},
         "lineage": {"checkpoint_sha256": "cd34", "data_sha256": "ab12", "registered_version": None},
         "environment": {"platform": "Linux", "cpus": 2, "threads": 1, "gpu": None},
         "warnings": ["It is slower at batch 64."],
@@ -203,15 +204,20 @@ def make_report(**changes: Any) -> dict[str, Any]:
 def test_page_tells_the_story_without_the_folders_of_the_machine() -> None:
     page = version_page(make_report(), "small")
     for fragment in (
-        "## lenet, pruned by entropy (one-shot",
-        "a budget of at most 0.5 accuracy points lost",
+        "## lenet, pruned: 75.0 % of the parameters removed",
+        "A smaller `lenet` for images of 1 × 28 × 28 and 10 classes.",
+        "without a single training step.",
+        "Asked: the smallest network that loses at most 0.5 points of accuracy. Judged on 300 validation images",
         "| test accuracy | 99.00 % | 98.50 % | -0.50 points |",
         "| parameters | 2,000 | 500 | -75.0% |",
-        "| latency, batch 64 | 8.00 ms | 9.00 ms | +12% |",
-        "dense checkpoint, SHA-256: cd34",
+        "| time, 64 images | 8.00 ms | 9.00 ms | +12% |",
+        "| time, 1 image | 2.00 ms | 1.00 ms | -50% |",
+        "It computes the same as the full-size network with the removed channels silenced",
+        "256 training images for the weights, 300 further ones to choose by, 10,000 test images",
+        "checkpoint of the unpruned network, SHA-256: cd34",
         "npz:mnist.npz, SHA-256 ab12",
         'mlflow.pyfunc.load_model("models:/small@champion")',
-        "(n, 1, 28, 28)",
+        "images: float32 array of shape (n, 1, 28, 28)",
         "minus mean (0.1), divided by std (0.3)",
         "- It is slower at batch 64.",
     ):
@@ -223,8 +229,8 @@ def test_page_tells_the_story_without_the_folders_of_the_machine() -> None:
 def test_page_names_every_budget() -> None:
     budget = {"max_accuracy_drop": 0.5, "macs_removed": 0.3, "latency_removed": 0.2, "latency_batch": 8}
     assert (
-        "a budget of at most 0.5 accuracy points lost and 30% of the multiply-accumulates removed and 20% of the "
-        "latency of 8 images removed,"
+        "the smallest network that loses at most 0.5 points of accuracy and is without at least 30.0 % of its "
+        "multiply-accumulates and 20.0 % of its latency at batch size 8."
     ) in version_page(make_report(budget=budget), "small")
 
 

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter
 
 import entprune
 from entprune.checkpoints import save_state, sha256_file
@@ -168,8 +171,24 @@ def test_mlflow_run_holds_figures_lineage_and_artifacts(first: tuple[dict[str, A
     assert tracked.data.params["config.min_rows"] == "1000"
     names = {artifact.path for artifact in client.list_artifacts(tracked.info.run_id)}
     assert {"report.json", "report.html", "plan.json", "paths", "plots", "model"} <= names
+    note = tracked.data.tags["mlflow.note.content"]
+    assert f"{100 * report['one_shot']['parameters_removed']:.1f} % of the parameters" in note
     children = client.search_runs([tracked.info.experiment_id], f"tags.`mlflow.parentRunId` = '{tracked.info.run_id}'")
     assert len(children) == len(report["settings"]["settings"])
+
+
+def test_page_of_the_flow_run_holds_the_short_form(first: tuple[dict[str, Any], Recorder]) -> None:
+    report, _ = first
+    run_id = UUID(report["lineage"]["prefect_flow_run_id"])
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id={"any_": [run_id]}))
+    artifacts = {artifact.key: artifact for artifact in found}
+    assert set(artifacts) >= {"digits-cnn-on-digits-result", "digits-cnn-on-digits-searching"}
+    assert artifacts["digits-cnn-on-digits-searching"].data == 100.0
+    table = artifacts["digits-cnn-on-digits-result"]
+    accuracy = next(row for row in json.loads(str(table.data)) if row["figure"] == "test accuracy")
+    assert accuracy["one shot"] == f"{report['one_shot']['accuracy']:.2f} %"
+    assert report["lineage"]["mlflow_run_id"] in str(table.description)
 
 
 # --- the same plan everywhere -----------------------------------------------------------------------------------------

@@ -145,7 +145,13 @@ def test_report_tells_the_truth(trained: Trained, result: PruningResult) -> None
     assert one_shot["parameters_removed"] == pytest.approx(1 - one_shot["parameters"] / dense["parameters"])
     widths = result.plan.widths()
     assert [(entry["name"], entry["kept"]) for entry in result.report["groups"]] == list(widths.items())
+    for objective in ("parameters", "macs"):
+        parts = [*result.report["groups"], result.report["other_layers"]]
+        for stage, figures in (("dense", "dense"), ("pruned", "one_shot")):
+            assert sum(part[objective][stage] for part in parts) == result.report[figures][objective]
     for entry in result.report["groups"]:
+        assert len(entry["channel_probability"]) == entry["channels"]
+        assert sum(entry["channel_probability"]) == pytest.approx(1.0, abs=1e-2)
         assert 0 <= entry["entropy"] <= np.log(entry["channels"])
         assert 1 <= entry["effective_channels"] <= entry["channels"]
         assert 0 <= entry["reconstruction_error"] <= 1

@@ -76,6 +76,9 @@ class FakeServer:
         found = {path.name: path.read_text() for path in directory.iterdir() if path.name != RECORD_NAME}
         self._call(lambda: self.runs[run_id]["files"].update(found.items()))
 
+    def describe_run(self, run_id: str, markdown: str) -> None:
+        self._call(lambda: self.runs[run_id].update(page=markdown))
+
     def close_run(self, run_id: str, status: str) -> None:
         self._call(lambda: self.runs[run_id].update(status=status))
 
@@ -102,7 +105,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
 
 
 def install(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("check", "open_run", "log_params", "log_numbers", "log_files", "close_run")
+    names = ("check", "open_run", "log_params", "log_numbers", "log_files", "describe_run", "close_run")
     for name in (*names, "close_abandoned", "find_marked_run", "find_marked_version"):
         monkeypatch.setattr(tracking, name, getattr(fake, name))
 
@@ -127,6 +130,7 @@ def carry_out(folder: Path, server: FakeServer) -> TrackedRun:
     report = {"lineage": {"mlflow_run_id": run.id, "registered_version": None}}
     run.numbers({"dense": {"accuracy": 98.5}}, step=2)
     run.paths({"a": make_path()})
+    run.describe("what it came to")
     version = run.register("small", {"lineage": run.id}, f"made by {run.id}", server.register)
     report["lineage"]["registered_version"] = version
     folder.mkdir()
@@ -143,6 +147,7 @@ def assert_told_once(server: FakeServer, folder: Path) -> None:
     children = [run for run in server.runs.values() if "mlflow.parentRunId" in run["tags"]]
     ((run_id, run),) = parents.items()
     assert (run["experiment"], run["name"], run["status"]) == ("exp", "first", "FINISHED")
+    assert run["page"] == "what it came to"
     assert run["params"] == {"model": "lenet", "config.keep": '["a"]'}
     assert [entry[:3] for entry in run["metrics"]] == [("dense.accuracy", 98.5, 2)]
     assert [child["tags"]["mlflow.parentRunId"] for child in children] == [run_id, run_id]

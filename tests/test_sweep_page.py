@@ -13,63 +13,35 @@ from rich.console import Console
 
 from entprune.report.sweep_page import describe_search, fronts_of, render_sweep
 from flows.tables import sweep_table
-
-
-def setting(number: int, parameters: int, drop: float, **changes: Any) -> dict[str, Any]:
-    figures = {
-        "parameters": parameters, "macs": 10 * parameters, "validation_accuracy": 98.0, "validation_drop": drop,
-        "drop_upper_bound": drop + 0.1, "images": 4000, "accepted": True,
-        "parameters_removed": 0.9, "macs_removed": 0.5,
-    }  # fmt: skip
-    return {
-        "number": number, "label": f"ridge {number} </script>", "values": {"ridge": number}, "status": "finished",
-        "stopped_by": None, "rounds": 3, "budget_met": True, "result": figures | {"latency_ms": {"1": 1.0, "64": 9.5}},
-        "candidates": [figures, figures | {"parameters": 2 * parameters}],
-    } | changes  # fmt: skip
+from tests.reports import make_sweep
 
 
 @pytest.fixture
 def content() -> dict[str, Any]:
-    measured = {"accuracy": 98.5, "parameters": 100, "macs": 1000, "latency_ms": {"1": 1.0, "64": 9.5}}
-    removed = {"accuracy_drop": 0.5, "parameters_removed": 0.9, "macs_removed": 0.5}
-    return {
-        "model": {"spec": "lenet"}, "data": {"validation_samples": 4000, "test_samples": 10_000},
-        "dense": measured, "swept": ["ridge"],
-        "settings": [setting(0, 100, 0.4), setting(1, 90, 0.6, status="stopped", stopped_by=0, rounds=1)],
-        "fronts": {
-            "parameters": [{"setting": 1, "cost": 90, "drop": 0.6, "is_result": True},
-                           {"setting": 0, "cost": 100, "drop": 0.4, "is_result": True}],
-            "macs": [{"setting": 0, "cost": 1000, "drop": 0.4, "is_result": True}],
-            "latency": [{"setting": 0, "cost": 9.5, "drop": 0.4, "is_result": False}],
-        },
-        "chosen": {"number": 0, "rule": "the fewest parameters", "budget_met": True, "one_shot": measured | removed,
-                   "fine_tuned": None},
-        "solve": {"pairs_asked": 6, "pairs_distinct": 3, "pairs_solved": 3, "calibrations": 1, "workers": 2},
-        "timings_seconds": {"solve": 1.0, "total": 2.0},
-    }  # fmt: skip
+    return make_sweep()
 
 
 def test_page_asks_for_nothing_from_elsewhere(content: dict[str, Any]) -> None:
     page = render_sweep(content)
-    assert set(re.findall(r"https?://[^'\"\s]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
-    assert not re.search(r"<(link|img|iframe)|\bsrc=|@import|url\(|fetch\(", page)
+    assert set(re.findall(r"https?://[^'\";\s]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert not re.search(r"<(link|img|iframe)|\bsrc=|@import|url\([^#]|fetch\(", page)
     assert "prefers-color-scheme: dark" in page
 
 
 def test_points_can_be_read_back_and_end_no_script(content: dict[str, Any]) -> None:
     page = render_sweep(content)
     assert page.count("</script>") == 2
-    (text,) = re.findall(r"id='points'>(.*?)</script>", page, re.DOTALL)
+    (text,) = re.findall(r"id='settings-data'>(.*?)</script>", page, re.DOTALL)
     points = json.loads(text)["points"]
     assert [point["kind"] for point in points] == ["tried", "chosen", "tried", "stopped"]
-    assert [point["latency"] for point in points] == [None, 9.5, None, 9.5]
+    assert [point["x"]["latency"] for point in points] == [None, 9.5, None, 9.5]
     assert points[1]["lines"][0] == "#0 ridge 0 </script>"
 
 
 def test_every_setting_is_a_row_and_the_chosen_one_stands_out(content: dict[str, Any]) -> None:
     page = render_sweep(content)
-    assert page.count("<tr") == 3
-    assert page.count("<tr class='chosen'>") == 1
+    assert page.count("<td class='text'>ridge ") == 2
+    assert page.count("<tr class=chosen>") == 1
     assert "stopped after 1 round by #0" in page
 
 
@@ -80,7 +52,7 @@ def test_words_about_fronts_and_searches(content: dict[str, Any]) -> None:
     assert describe_search(content["settings"][0] | {"budget_met": False}) == "3 rounds, budget not met"
     unmet = copy.deepcopy(content)
     unmet["chosen"]["budget_met"] = False
-    assert "No setting met the budget." in render_sweep(unmet)
+    assert "No setting met the budget: the one nearest to it was kept." in render_sweep(unmet)
 
 
 def test_table_fits_a_narrow_terminal(content: dict[str, Any]) -> None:

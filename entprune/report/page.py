@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from entprune.report.style import inline_plot, style_sheet
+from entprune.report.chart_data import candidate_chart, probability_chart
+from entprune.report.drawing import before_and_after, draw_network
+from entprune.report.pieces import bullets, chart, folded, pairs, render_shell, section, table, text, tiles
+from entprune.report.style import inline_plot
 from entprune.report.wording import (
     UNKNOWN,
     describe_budget,
@@ -20,42 +20,43 @@ from entprune.report.wording import (
     format_fraction,
     format_milliseconds,
     format_number,
+    format_points,
     format_seconds,
+    model_name,
     result_of,
+    speed_up,
 )
 
-_OPEN_GROUPS = 12  # curves of further groups are folded away
+_OPEN_LAYERS = 12  # longer lists are folded away
 
 _FIGURES_NOTE = (
     "Accuracy is top-1 on the test images, by which nothing was chosen. One shot: channels were removed and the "
     "remaining weights computed anew from the calibration images, without a single training step. MACs: "
-    "multiply-accumulates for one image."
+    "multiply-accumulates, the work for one image. Hatched bars are the unpruned network."
 )
 _ROUNDS_NOTE = (
     "Each round prunes the network that the one before it left, and tunes it; its figures are of the tuned network, "
     "against the unpruned one. Networks tried and curves further down are those of the first round."
 )
-_WIDTHS_CAPTION = (
-    "Channels before and after. A group is a set of channels that can only be kept or removed together; it is named "
-    "after the first layer that computes it."
+_NETWORK_NOTE = (
+    "From the input at the top to the output at the bottom. A group is a set of channels that can only be kept or "
+    "removed together; it is named after the first layer that computes it. Hatched: before; solid: after. "
+    "Parameters and MACs are those of the layers that compute the group, as shares of the unpruned network. Output "
+    "lost: how much of the variance of what the next layers compute cannot be had from the kept channels."
 )
-_SEARCH_CAPTION = (
-    "Each mark is one pruned network: how small it is, and what it lost on the validation images. The bar above a "
-    "mark ends at the upper confidence bound, by which it is judged. A mark at the upper edge with an arrow lost "
-    "more than fits."
+_SEARCH_NOTE = (
+    "Each mark is one smaller network: how small it is, and how much accuracy it lost on the validation images. The "
+    "line above a mark ends at the upper confidence bound, by which it is judged: it has to stay below the budget. A "
+    "mark at the upper edge with an arrow lost more than fits. Point at a mark, or tap it, for its figures."
 )
+_GROUPS_NOTE = (
+    "Solving gives every channel of a group a probability w, and those that fall to zero can be removed. "
+    "Effective channels: exp H(w), the number of equally important channels that would have the same entropy H."
+)
+_PROBABILITY_CAPTION = "Probabilities at the point of the solver's path nearest to the chosen width."
 _ERROR_CAPTION = (
     "Output lost against channels kept, for every setting of the solver and the best of them; both scales are "
     "logarithmic. The circle is the width that was chosen."
-)
-_PROBABILITY_CAPTION = (
-    "Channel probabilities w at the point of the solver's path nearest to the chosen width, in falling order. "
-    "Hatched bars belong to removed channels."
-)
-_GROUPS_NOTE = (
-    "Output lost: how much of the variance of what the next layers compute cannot be had from the kept channels. "
-    "Effective channels: exp H(w), the number of equally important channels that would have the same entropy H, at "
-    "the width that was kept."
 )
 
 
@@ -66,24 +67,20 @@ def render_page(report: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         report: schema version 1.
         plots: from :func:`entprune.report.plots.draw_plots`.
     """
-    title = f"{_model_name(report)} pruned: entprune report"
+    candidates, probabilities = candidate_chart(report), probability_chart(report)
     sections = (
         _headline(report),
-        _warnings(report["warnings"]),
-        _figures_table(report),
+        bullets("Know before you use it", report["warnings"]),
+        _figures(report),
         _rounds(report),
-        _overview(report, plots),
-        _groups(report, plots),
+        _network(report),
+        _candidates(report["candidates"], candidates),
+        _inside(report["groups"], probabilities, plots),
         _unprunable(report["unprunable"]),
         _background(report),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>\n{style_sheet()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    title = f"{model_name(report)} pruned: entprune report"
+    return render_shell(title, sections, is_drawn=bool(candidates or probabilities))
 
 
 # --- sections -------------------------------------------------------------------------------------------------------
@@ -102,8 +99,8 @@ def _headline(report: Mapping[str, Any]) -> str:
         _verdict(bool(certificate and certificate["passed"]), describe_certificate(certificate)),
     )
     return (
-        f"<header>\n<p class='quiet small'>entprune report, seed {_text(report.get('seed'))}</p>\n"
-        f"<h1>{_text(_model_name(report))}, pruned</h1>\n<p class='quiet'>{_text(facts)}</p>\n{_tiles(report)}\n"
+        f"<header>\n<p class='quiet small'>entprune report, seed {text(report.get('seed'))}</p>\n"
+        f"<h1>{text(model_name(report))}, pruned</h1>\n<p class='quiet'>{text(facts)}</p>\n{_tiles(report)}\n"
         f"<ul class='verdicts'>\n{''.join(verdicts)}</ul>\n</header>"
     )
 
@@ -112,50 +109,28 @@ def _tiles(report: Mapping[str, Any]) -> str:
     dense, result = report["dense"], result_of(report)
     accuracy = f"{format_accuracy(dense.get('accuracy'))} → {format_accuracy(result.get('accuracy'))}"
     how = "after fine-tuning" if report.get("fine_tuned") else "without fine-tuning"
-    tiles = [
+    sizes = {key: f"{format_count(dense[key])} → {format_count(result[key])}" for key in ("parameters", "macs")}
+    times = (
+        f"{format_milliseconds(_latency(dense, '64'))} → {format_milliseconds(_latency(result, '64'))}"
+        if _latency(dense, "64") is not None
+        else "not measured"
+    )
+    return tiles(
         (
-            "Parameters removed",
-            format_fraction(result["parameters_removed"]),
-            _before_after(dense, result, "parameters"),
-        ),
-        ("MACs removed", format_fraction(result["macs_removed"]), _before_after(dense, result, "macs")),
-        ("Test accuracy, points", format_change(result.get("accuracy_drop")), f"{accuracy}, {how}"),
-        ("Speed-up, one image", *_speed(dense, result)),
-    ]
-    return "<dl class='tiles'>" + "".join(_tile(*tile) for tile in tiles) + "</dl>"
-
-
-def _tile(name: str, value: str, detail: str) -> str:
-    return f"<div class='card'><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(detail)}</small></dd></div>"
-
-
-def _before_after(dense: Mapping[str, Any], result: Mapping[str, Any], key: str) -> str:
-    return f"{format_count(dense[key])} → {format_count(result[key])}"
-
-
-def _speed(dense: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, str]:
-    before, after = _latency(dense, "1"), _latency(result, "1")
-    if before is None or after is None:
-        return UNKNOWN, "not measured"
-    return f"{before / after:.2g} ×", f"{format_milliseconds(before)} → {format_milliseconds(after)}"
+            ("Parameters removed", format_fraction(result["parameters_removed"]), sizes["parameters"]),
+            ("MACs removed", format_fraction(result["macs_removed"]), sizes["macs"]),
+            ("Change in test accuracy", format_points(result.get("accuracy_drop")), f"{accuracy}, {how}"),
+            ("Speed-up, 64 images", speed_up(dense, result), times),
+        )
+    )
 
 
 def _verdict(is_good: bool | None, sentence: str) -> str:
     sign, kind = ("✓", "good") if is_good else ("✗", "bad")
-    return f"<li class='{kind}'><span aria-hidden='true'>{sign}</span><span>{_text(sentence)}</span></li>\n"
+    return f"<li class='{kind}'><span aria-hidden='true'>{sign}</span><span>{text(sentence)}</span></li>\n"
 
 
-def _warnings(warnings: Sequence[str]) -> str:
-    if not warnings:
-        return ""
-    items = "\n".join(f"<li>{_text(warning)}</li>" for warning in warnings)
-    return (
-        "<section class='card warnings' role='note'>\n<h3>Know before you use it</h3>\n"
-        f"<ul>\n{items}\n</ul>\n</section>"
-    )
-
-
-def _figures_table(report: Mapping[str, Any]) -> str:
+def _figures(report: Mapping[str, Any]) -> str:
     columns = [("unpruned", report["dense"]), ("one shot", report["one_shot"])]
     if report.get("fine_tuned"):
         columns.append(("fine-tuned", report["fine_tuned"]))
@@ -171,10 +146,9 @@ def _figures_table(report: Mapping[str, Any]) -> str:
         ["time, 1 image", *(format_milliseconds(_latency(entry, "1")) for entry in figures)],
         ["time, 64 images", *(format_milliseconds(_latency(entry, "64")) for entry in figures)],
     ]
-    table = _table(["", *(name for name, _ in columns)], rows, kinds="t" + "n" * len(columns))
-    return (
-        f"<section>\n<h2>Before and after</h2>\n<p class='quiet small'>{_FIGURES_NOTE}</p>\n"
-        f"<div class='card'>{table}</div>\n</section>"
+    listed = table(["", *(name for name, _ in columns)], rows, kinds="t" + "n" * len(columns))
+    return section(
+        "Before and after", before_and_after(columns), folded("The same as a table", listed), note=_FIGURES_NOTE
     )
 
 
@@ -200,28 +174,36 @@ def _rounds(report: Mapping[str, Any]) -> str:
     head = ["round", "parameters", "removed", "MACs removed", "validation accuracy", "change", "at worst", "tried",
             "judgement"]  # fmt: skip
     chosen = {number for number, entry in enumerate(rounds) if entry["chosen"]}
-    table = _table(head, rows, kinds="nnnnnnnnt", emphasised=chosen)
-    return (
-        f"<section>\n<h2>Rounds of pruning and tuning</h2>\n<p class='quiet small'>{_ROUNDS_NOTE}</p>\n"
-        f"<div class='card'>{table}</div>\n</section>"
-    )
+    listed = table(head, rows, kinds="nnnnnnnnt", emphasised=chosen)
+    return section("Rounds of pruning and tuning", f"<div class='card'>{listed}</div>", note=_ROUNDS_NOTE)
 
 
-def _overview(report: Mapping[str, Any], plots: Mapping[str, str]) -> str:
-    headings = {
-        "widths": ("Channels of each group", _WIDTHS_CAPTION),
-        "search": (f"Networks tried: {len(report['candidates'])}", _SEARCH_CAPTION),
-    }
-    figures = "\n".join(
-        _figure(name, plots[name], heading, caption) for name, (heading, caption) in headings.items() if name in plots
-    )
-    if not figures:
+def _network(report: Mapping[str, Any]) -> str:
+    groups = report["groups"]
+    if not groups:
         return ""
-    gallery = f"<div class='figures wide'>\n{figures}\n</div>"
-    return f"<section>\n<h2>What was chosen</h2>\n{gallery}\n{_candidates(report['candidates'])}\n</section>"
+    rows = [
+        [
+            entry["name"],
+            entry["channels"],
+            entry["kept"],
+            format_fraction(entry["kept"] / entry["channels"]),
+            format_fraction(entry.get("reconstruction_error")),
+            format_number(entry.get("effective_channels")),
+            format_number(entry.get("entropy")),
+            entry.get("setting") or UNKNOWN,
+            entry.get("note") or "",
+        ]
+        for entry in groups
+    ]
+    head = ["group", "before", "after", "kept", "output lost", "effective channels", "entropy, nats", "setting", "note"]
+    listed = folded("All groups as a table", table(head, rows, kinds="cnnnnnntt"))
+    return section("The network, group by group", draw_network(report), listed, note=_NETWORK_NOTE)
 
 
-def _candidates(candidates: Sequence[Mapping[str, Any]]) -> str:
+def _candidates(candidates: Sequence[Mapping[str, Any]], drawn: Mapping[str, Any] | None) -> str:
+    if not candidates:
+        return ""
     rows = [
         [
             entry["round"],
@@ -236,21 +218,15 @@ def _candidates(candidates: Sequence[Mapping[str, Any]]) -> str:
         ]
         for entry in candidates
     ]
-    head = [
-        "round",
-        "parameters",
-        "removed",
-        "MACs removed",
-        "validation accuracy",
-        "change",
-        "at worst",
-        "images",
-        "judgement",
-    ]
+    head = ["round", "parameters", "removed", "MACs removed", "validation accuracy", "change", "at worst", "images",
+            "judgement"]  # fmt: skip
     chosen = {number for number, entry in enumerate(candidates) if entry["chosen"]}
-    return _folded(
-        f"All {len(candidates)} networks that were tried", _table(head, rows, kinds="nnnnnnnnt", emphasised=chosen)
+    listed = folded("All of them as a table", table(head, rows, kinds="nnnnnnnnt", emphasised=chosen))
+    figure = "" if drawn is None else chart("scatter", "candidates", drawn)
+    heading = (
+        f"{len(candidates)} smaller networks were tried" if len(candidates) > 1 else "One smaller network was tried"
     )
+    return section(heading, figure, listed, note=_SEARCH_NOTE if figure else "")
 
 
 def _judgement(entry: Mapping[str, Any]) -> str:
@@ -258,150 +234,60 @@ def _judgement(entry: Mapping[str, Any]) -> str:
     return f"{verdict}, chosen" if entry["chosen"] else verdict
 
 
-def _groups(report: Mapping[str, Any], plots: Mapping[str, str]) -> str:
-    if not report["groups"]:
-        return ""
-    rows = [
-        [
-            entry["name"],
-            entry["channels"],
-            entry["kept"],
-            format_fraction(entry["kept"] / entry["channels"]),
-            format_fraction(entry.get("reconstruction_error")),
-            format_number(entry.get("effective_channels")),
-            format_number(entry.get("entropy")),
-            entry.get("setting") or UNKNOWN,
-            entry.get("note") or "",
-        ]
-        for entry in report["groups"]
-    ]
-    head = ["group", "before", "after", "kept", "output lost", "effective channels", "entropy, nats", "setting", "note"]
-    table = _table(head, rows, kinds="cnnnnnntt")
-    return (
-        f"<section>\n<h2>Groups of channels</h2>\n<p class='quiet small'>{_GROUPS_NOTE}</p>\n"
-        f"<div class='card'>{table}</div>\n{_curves(report['groups'], plots)}\n</section>"
+def _inside(groups: Sequence[Mapping[str, Any]], drawn: Mapping[str, Any] | None, plots: Mapping[str, str]) -> str:
+    """One group at a time: how the probabilities lie at the chosen width, and what any other width would cost."""
+    curves = "".join(
+        _curve(number, entry["name"], plots[f"error-{number:03d}"])
+        for number, entry in enumerate(groups)
+        if f"error-{number:03d}" in plots
     )
+    bars = "" if drawn is None else chart(
+        "bars", "probability", drawn, heading="How important each channel is", caption=_PROBABILITY_CAPTION,
+        instead="The drawing needs scripts; the table of groups holds its entropies.",
+    )  # fmt: skip
+    if not curves and not bars:
+        return ""
+    return section("Inside one group", f"<div class='figures wide'>{bars}{curves}</div>", note=_GROUPS_NOTE)
 
 
-def _curves(groups: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> str:
-    """Small multiples: what each width costs, and how the probabilities lie at the chosen one."""
-    parts = []
-    for kind, heading, caption in (
-        ("error", "What each width costs", _ERROR_CAPTION),
-        ("probability", "How important each channel is", _PROBABILITY_CAPTION),
-    ):
-        names = {f"{kind}-{number:03d}": entry["name"] for number, entry in enumerate(groups)}
-        figures = [
-            _figure(name, plots[name], label=f"{heading}: {group}") for name, group in names.items() if name in plots
-        ]
-        if figures:
-            parts.append(f"<h3>{heading}</h3>\n<p class='quiet small'>{caption}</p>\n{_gallery(figures)}")
-    return "\n".join(parts)
-
-
-def _gallery(figures: Sequence[str]) -> str:
-    shown = f"<div class='figures'>\n{''.join(figures[:_OPEN_GROUPS])}</div>"
-    rest = figures[_OPEN_GROUPS:]
-    if not rest:
-        return shown
-    folded = _folded(f"The other {len(rest)} groups", f"<div class='figures'>{''.join(rest)}</div>")
-    return f"{shown}\n{folded}"
+def _curve(number: int, name: str, svg: str) -> str:
+    heading = "What each width costs"
+    drawing = inline_plot(f"error-{number:03d}", svg, f"{heading}: {name}")
+    return (
+        f"<figure class='card' data-plot='error-{number:03d}' data-group='{number}'><h3>{heading}</h3>{drawing}"
+        f"<figcaption>{_ERROR_CAPTION}</figcaption></figure>"
+    )
 
 
 def _unprunable(entries: Sequence[Mapping[str, Any]]) -> str:
     if not entries:
         return ""
-    table = _table(
-        ["layer", "why it was left alone"], [[entry["layer"], entry["reason"]] for entry in entries], kinds="ct"
-    )
+    rows = [[entry["layer"], entry["reason"]] for entry in entries]
+    listed = table(["layer", "why it was left alone"], rows, kinds="ct")
     body = (
-        f"<div class='card'>{table}</div>" if len(entries) <= _OPEN_GROUPS else _folded(f"{len(entries)} layers", table)
+        f"<div class='card'>{listed}</div>"
+        if len(entries) <= _OPEN_LAYERS
+        else folded(f"{len(entries)} layers", listed)
     )
-    return f"<section>\n<h2>Layers whose outputs were left alone</h2>\n{body}\n</section>"
+    return section("Layers whose outputs were left alone", body)
 
 
 def _background(report: Mapping[str, Any]) -> str:
     timings = report.get("timings_seconds") or {}
     total = timings.get("total")
-    blocks = [
+    blocks = (
         (
             f"Time: {format_seconds(total)}" if total is not None else "Time",
-            {k: format_seconds(v) for k, v in timings.items()},
+            {name: format_seconds(value) for name, value in timings.items()},
         ),
         ("Data", report["data"]),
         ("Lineage: where it came from and where it went", report.get("lineage") or {}),
         ("Settings", report.get("settings") or {}),
         ("Environment", report.get("environment") or {}),
-    ]
-    folded = [_folded(name, _table(["", ""], _pairs(content), kinds="tv")) for name, content in blocks if content]
-    return "<section>\n<h2>To do it again</h2>\n" + "\n".join(folded) + "\n</section>"
-
-
-# --- pieces ---------------------------------------------------------------------------------------------------------
-
-
-def _pairs(content: Mapping[str, Any]) -> list[list[str]]:
-    return [[str(key).replace("_", " "), _plain(value)] for key, value in content.items()]
-
-
-def _plain(value: Any) -> str:
-    if value is None or value == []:
-        return UNKNOWN
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _model_name(report: Mapping[str, Any]) -> str:
-    return str(report["model"].get("spec") or "Network passed in process")
+    )
+    return section("To do it again", *(folded(name, pairs(content)) for name, content in blocks if content))
 
 
 def _latency(figures: Mapping[str, Any], batch_size: str) -> float | None:
     value = (figures.get("latency_ms") or {}).get(batch_size)
     return None if value is None else float(value)
-
-
-def _figure(name: str, svg: str, heading: str = "", caption: str = "", *, label: str = "") -> str:
-    head = f"<h3>{_text(heading)}</h3>" if heading else ""
-    foot = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-    drawing = inline_plot(name, svg, label or heading)
-    return f"<figure class='card' data-plot='{_text(name)}'>{head}{drawing}{foot}</figure>\n"
-
-
-def _folded(summary: str, body: str) -> str:
-    return f"<details class='card'><summary>{_text(summary)}</summary>{body}</details>"
-
-
-def _table(
-    head: Sequence[str],
-    rows: Iterable[Sequence[Any]],
-    *,
-    kinds: str,
-    emphasised: frozenset[int] | set[int] = frozenset(),
-) -> str:
-    """A table that scrolls sideways on narrow screens.
-
-    Args:
-        head: column headings; none at all if they are empty.
-        rows: cells, escaped here.
-        kinds: one letter for each column: t text, n number, c code on one line, v code that may be broken.
-        emphasised: numbers of rows to stress.
-    """
-    classes = [
-        {"t": " class='text'", "n": " class='number'", "c": " class='name'", "v": " class='code'"}[kind]
-        for kind in kinds
-    ]
-    header = ""
-    if any(head):
-        titles = "".join(f"<th scope='col'{kind}>{_text(name)}</th>" for name, kind in zip(head, classes, strict=True))
-        header = f"<thead><tr>{titles}</tr></thead>"
-    body = "".join(
-        f"<tr{' class=chosen' if number in emphasised else ''}>"
-        + "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in zip(row, classes, strict=True))
-        + "</tr>"
-        for number, row in enumerate(rows)
-    )
-    return f"<div class='scroll' tabindex='0'><table>{header}<tbody>{body}</tbody></table></div>"
-
-
-def _text(value: Any) -> str:
-    """Escaped text; a number and its unit stay on one line."""
-    return re.sub(r"(?<=\d) (?=(?:%|ms|s|min|[kMG])(?!\w))", "&nbsp;", html.escape(str(value)))

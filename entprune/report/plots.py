@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from matplotlib.typing import RcKeyType
 
 from entprune.path import PathSetting, SparsityPath
+from entprune.report.chart_data import candidate_kind, highest_drop_shown
 from entprune.report.style import LIGHT
 from entprune.report.wording import format_count
 from entprune.simplex import effective_channels
@@ -320,13 +321,8 @@ def _set_search_limits(
     axes: Axes, candidates: Sequence[Mapping[str, Any]], budget: Mapping[str, float], dense_size: int, size: str
 ) -> float:
     """Show what lies near the budget; return the height above which networks are drawn at the edge."""
-    drops = [float(entry["validation_drop"]) for entry in candidates]
-    bounds = [float(entry["drop_upper_bound"] or entry["validation_drop"]) for entry in candidates if entry["accepted"]]
-    allowed = budget.get("max_accuracy_drop")
-    wanted = max([*bounds, *(drops if allowed is None else (0.0,))], default=0.0)
-    top = max(1.15 * wanted, 2.5 * (allowed or 0.0), 0.2)
-    bottom = min(0.0, *drops)
-    ceiling = min(top, max(1.3 * max(drops), 1.15 * wanted, 1.3 * (allowed or 0.0), 0.2))
+    ceiling = highest_drop_shown(candidates, budget)
+    bottom = min(0.0, *(float(entry["validation_drop"]) for entry in candidates))
     margin = 0.08 * (ceiling - bottom)
     axes.set_ylim(bottom - margin, ceiling + margin)
     sizes = [entry[size] for entry in candidates]
@@ -352,7 +348,7 @@ def _size_ticks(low: float, high: float) -> list[float]:
 
 
 def _draw_candidate(axes: Axes, entry: Mapping[str, Any], size: float, ceiling: float) -> None:
-    look = dict(_LOOKS["chosen" if entry["chosen"] else "accepted" if entry["accepted"] else "rejected"])
+    look = dict(_LOOKS[candidate_kind(entry)])
     del look["label"]
     drop, bound = float(entry["validation_drop"]), entry.get("drop_upper_bound")
     if drop > ceiling:

@@ -1,113 +1,55 @@
 """The page ``sweep.html``: what every setting of a sweep reached, as a plot to look into and a table to read.
 
-The plot is drawn by a script inside the page; without scripts the table holds the same figures.
+The plot is drawn by the page's script; without scripts the table holds the same figures.
 """
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from entprune.report.style import style_sheet
+from entprune.report.pieces import bullets, chart, folded, pairs, render_shell, section, table, text, tiles
 from entprune.report.wording import (
     format_accuracy,
     format_change,
     format_count,
     format_fraction,
     format_milliseconds,
+    format_points,
+    format_seconds,
 )
 
-_AXES = {"parameters": "Parameters", "macs": "MACs", "latency": "Latency, batch 64"}
 _BATCH = "64"
-
-_RULES = """
-.axes { display: flex; flex-wrap: wrap; gap: .5rem; border: 0; padding: 0; margin: .75rem 0; }
-.axes legend { float: left; margin-right: .5rem; padding: .3rem 0; }
-.axes label { border: 1px solid var(--grid); border-radius: .4rem; padding: .3rem .7rem; cursor: pointer; }
-.axes label:has(:checked) { border-color: var(--kept); background: var(--page); font-weight: 600; }
-#plot { position: relative; } #plot svg { display: block; width: 100%; height: auto; }
-#plot text { fill: var(--muted); font-size: 13px; font-family: system-ui, sans-serif; }
-#plot .line { stroke: var(--grid); } #plot .front { fill: none; stroke: var(--kept); stroke-width: 2; }
-#plot .tried { fill: var(--removed); } #plot .result { fill: var(--kept); stroke: var(--surface); stroke-width: 1.5; }
-#plot .stopped { fill: var(--surface); stroke: var(--warm); stroke-width: 2; }
-#plot .chosen { fill: var(--good); stroke: var(--ink); stroke-width: 2; }
-#plot [tabindex] { cursor: pointer; }
-#tip { position: absolute; pointer-events: none; background: var(--surface); border: 1px solid var(--muted);
-  border-radius: .4rem; padding: .4rem .6rem; font-size: .85rem; max-width: 20rem; visibility: hidden; }
-.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%; margin: 0 .3rem 0 .8rem;
-  vertical-align: -1px; }
-"""
-
-_SCRIPT = """
-const data = JSON.parse(document.getElementById('points').textContent);
-const plot = document.getElementById('plot'), tip = document.getElementById('tip');
-const W = 760, H = 430, L = 64, R = 16, T = 16, B = 48, NS = 'http://www.w3.org/2000/svg';
-function node(parent, name, attributes, text) {
-  const made = document.createElementNS(NS, name);
-  for (const key in attributes) made.setAttribute(key, attributes[key]);
-  if (text !== undefined) made.textContent = text;
-  parent.appendChild(made);
-  return made;
+_AXES = {
+    "parameters": {"title": "parameters left", "short": "Parameters", "log": True},
+    "macs": {"title": "multiply-accumulates left", "short": "MACs", "log": True},
+    "latency": {"title": f"time for {_BATCH} images, ms", "short": "Time", "log": False},
 }
-function ticks(low, high) {
-  const step = Math.pow(10, Math.floor(Math.log10((high - low) / 4))), span = (high - low) / step;
-  const wide = step * (span > 20 ? 5 : span > 8 ? 2 : 1), found = [];
-  for (let at = Math.ceil(low / wide) * wide; at <= high; at += wide) found.push(at);
-  return found;
+_KINDS = {
+    "tried": {"label": "tried on the way", "shape": "circle", "size": 3.2, "quiet": True},
+    "stopped": {"label": "result of a setting that was stopped early", "shape": "triangle", "size": 5.5},
+    "result": {"label": "result of a setting", "shape": "diamond", "size": 5.5},
+    "chosen": {"label": "chosen", "shape": "star", "size": 8},
 }
-function short(value) {
-  if (Math.abs(value) >= 1e6) return +(value / 1e6).toPrecision(3) + ' M';
-  if (Math.abs(value) >= 1e3) return +(value / 1e3).toPrecision(3) + ' k';
-  return String(+value.toPrecision(3));
+_ROOM_ABOVE = 0.6  # of the results' range: what lies higher is drawn at the edge
+_PLOT_NOTE = (
+    "Each mark is one smaller network: how large it is, and how much accuracy it lost on the validation images. Lower "
+    "and further to the left is better; the line joins the networks that no other beats in both. Point at a mark, or "
+    "tap it, for its setting and figures. Time was measured of results alone. Marks at the upper edge lost more than "
+    "fits."
+)
+_TABLE_NOTE = (
+    "Change: points of accuracy gained (+) or lost (−) on the validation images; at worst: the confidence bound by "
+    "which networks are accepted. Best in: no other network of the sweep is both more accurate and smaller or faster. "
+    "The chosen setting is in bold."
+)
+_WORK_NAMES = {
+    "pairs_asked": "continuations asked for (group and setting of the solver)",
+    "pairs_distinct": "of these distinct",
+    "pairs_solved": "of these solved now, the others were known",
+    "calibrations": "times that the calibration images went through the network",
+    "workers": "workers",
 }
-function show(mark, point) {
-  tip.replaceChildren(...point.lines.map((line, number) => {
-    const row = document.createElement(number ? 'div' : 'strong'); row.textContent = line; return row; }));
-  const box = plot.getBoundingClientRect(), at = mark.getBoundingClientRect();
-  tip.style.visibility = 'visible';
-  tip.style.left = Math.max(0, Math.min(at.left - box.left + 12, box.width - tip.offsetWidth)) + 'px';
-  tip.style.top = Math.max(0, at.top - box.top - tip.offsetHeight - 8) + 'px';
-}
-function hide() { tip.style.visibility = 'hidden'; }
-function draw(axis) {
-  hide();
-  const old = plot.querySelector('svg'); if (old) old.remove();
-  const points = data.points.filter(point => point[axis] !== null && point.drop !== null);
-  const svg = node(plot, 'svg', {viewBox: `0 0 ${W} ${H}`, role: 'img', 'aria-label': data.titles[axis]});
-  if (!points.length) { node(svg, 'text', {x: L, y: H / 2}, 'nothing is known here'); return; }
-  const key = points.filter(point => point.kind !== 'tried');
-  const top = Math.max(...key.map(point => point.drop)), bottom = Math.min(0, ...points.map(point => point.drop));
-  const high = top + 0.6 * Math.max(top - bottom, 0.1), most = Math.max(...key.map(point => point[axis])) * 1.25;
-  const x = value => L + (W - L - R) * value / most;
-  const y = value => H - B - (H - T - B) * (value - bottom) / (high - bottom);
-  const inside = point => point.drop <= high && point[axis] <= most;
-  for (const at of ticks(0, most)) {
-    node(svg, 'line', {class: 'line', x1: x(at), x2: x(at), y1: T, y2: H - B});
-    node(svg, 'text', {x: x(at), y: H - B + 18, 'text-anchor': 'middle'}, short(at));
-  }
-  for (const at of ticks(bottom, high)) {
-    node(svg, 'line', {class: 'line', x1: L, x2: W - R, y1: y(at), y2: y(at)});
-    node(svg, 'text', {x: L - 8, y: y(at) + 4, 'text-anchor': 'end'}, short(at));
-  }
-  node(svg, 'text', {x: (L + W - R) / 2, y: H - 8, 'text-anchor': 'middle'}, data.titles[axis]);
-  node(svg, 'text', {x: 14, y: H / 2, 'text-anchor': 'middle', transform: `rotate(-90 14 ${H / 2})`},
-    'accuracy drop on validation images, points');
-  const front = data.fronts[axis].filter(step => step.drop <= high && step.cost <= most);
-  node(svg, 'polyline', {class: 'front', points: front.map(step => `${x(step.cost)},${y(step.drop)}`).join(' ')});
-  for (const kind of ['tried', 'stopped', 'result', 'chosen'])
-    for (const point of points.filter(point => point.kind === kind && inside(point))) {
-      const mark = node(svg, 'circle', {class: kind, cx: x(point[axis]), cy: y(point.drop), r: kind === 'tried' ? 3.5
-        : kind === 'chosen' ? 8 : 6, ...(kind === 'tried' ? {} : {tabindex: 0, 'aria-label': point.lines.join(', ')})});
-      for (const event of ['mouseenter', 'focus', 'click']) mark.addEventListener(event, () => show(mark, point));
-      for (const event of ['mouseleave', 'blur']) mark.addEventListener(event, hide);
-    }
-}
-for (const button of document.querySelectorAll('[name=axis]'))
-  button.addEventListener('change', () => draw(button.value));
-draw(document.querySelector('[name=axis]:checked').value);
-"""
 
 
 def render_sweep(content: Mapping[str, Any]) -> str:
@@ -116,63 +58,75 @@ def render_sweep(content: Mapping[str, Any]) -> str:
     Args:
         content: of ``sweep.json``, schema version 1.
     """
-    title = f"{content['model']['spec']}: sweep of {len(content['settings'])} settings"
-    sections = (_headline(content, title), _plot(content), _table(content), _background(content))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{style_sheet()}{_RULES}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + f"\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+    title = f"{content['model']['spec']}: {len(content['settings'])} settings compared"
+    unmet = ["No setting met the budget: the one nearest to it was kept."]
+    sections = (
+        _headline(content, title),
+        bullets("Know before you use it", [] if content["chosen"]["budget_met"] else unmet),
+        _plot(content),
+        _settings(content),
+        _background(content),
     )
+    return render_shell(title, sections, is_drawn=True)
 
 
 def _headline(content: Mapping[str, Any], title: str) -> str:
     chosen, data = content["chosen"], content["data"]
     setting = content["settings"][chosen["number"]]
-    figures = chosen["fine_tuned"] or chosen["one_shot"]
+    figures, dense = chosen["fine_tuned"] or chosen["one_shot"], content["dense"]
     how = "fine-tuned" if chosen["fine_tuned"] else "without fine-tuning"
-    tiles = (
-        ("Chosen setting", f"#{setting['number']}", setting["label"]),
-        ("Parameters removed", format_fraction(figures["parameters_removed"]), format_count(figures["parameters"])),
-        ("MACs removed", format_fraction(figures["macs_removed"]), format_count(figures["macs"])),
-        ("Test accuracy, points", format_change(figures["accuracy_drop"]),
-         f"{format_accuracy(content['dense']['accuracy'])} → {format_accuracy(figures['accuracy'])}, {how}"),
-    )  # fmt: skip
-    listed = "".join(
-        f"<div class='card'><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(note)}</small></dd></div>"
-        for name, value, note in tiles
+    cards = tiles(
+        (
+            ("Chosen setting", f"#{setting['number']}", setting["label"]),
+            (
+                "Parameters removed",
+                format_fraction(figures["parameters_removed"]),
+                f"{format_count(dense['parameters'])} → {format_count(figures['parameters'])}",
+            ),
+            (
+                "MACs removed",
+                format_fraction(figures["macs_removed"]),
+                f"{format_count(dense['macs'])} → {format_count(figures['macs'])}",
+            ),
+            (
+                "Change in test accuracy",
+                format_points(figures["accuracy_drop"]),
+                f"{format_accuracy(dense['accuracy'])} → {format_accuracy(figures['accuracy'])}, {how}",
+            ),
+        )
     )
-    met = "" if chosen["budget_met"] else " No setting met the budget."
+    swept = ", ".join(name.replace("_", " ") for name in content["swept"])
     return (
-        f"<header>\n<p class='quiet small'>entprune sweep over {_text(', '.join(content['swept']))}</p>\n"
-        f"<h1>{_text(title)}</h1>\n<dl class='tiles'>{listed}</dl>\n"
-        f"<p>Chosen: {_text(chosen['rule'])}.{met} Settings were compared on {data['validation_samples']:,} validation "
-        f"images; the {data['test_samples']:,} test images were used for the chosen network and the dense one alone."
-        "</p>\n</header>"
+        f"<header>\n<p class='quiet small'>entprune sweep over {text(swept)}</p>\n<h1>{text(title)}</h1>\n{cards}\n"
+        f"<p>Chosen: {text(chosen['rule'])}. Settings were compared on {data['validation_samples']:,} validation "
+        f"images; the {data['test_samples']:,} test images were used for the chosen network and the unpruned one "
+        "alone. The chosen network and its own report are in the folder <code>chosen</code>.</p>\n</header>"
     )
 
 
 def _plot(content: Mapping[str, Any]) -> str:
-    points = json.dumps(
-        {"points": _points(content), "fronts": content["fronts"], "titles": _AXES}, allow_nan=False
-    ).replace("<", "\\u003c")
-    buttons = "".join(
-        f"<label><input type='radio' name='axis' value='{axis}'{' checked' if axis == 'parameters' else ''}> {title}"
-        "</label>"
-        for axis, title in _AXES.items()
-    )
-    keys = (("--good", "chosen"), ("--kept", "result of a setting"), ("--removed", "tried on the way"))
-    legend = "".join(f"<span class='key' style='background: var({colour})'></span>{name}" for colour, name in keys)
-    legend += "<span class='key' style='border: 2px solid var(--warm)'></span>stopped early"
-    return (
-        "<h2>What each setting reaches</h2>\n<figure class='card'>\n"
-        f"<fieldset class='axes'><legend>Against</legend>{buttons}</fieldset>\n"
-        "<div id='plot'><div id='tip' role='status'></div><noscript>The plot needs scripts; the table below holds its "
-        f"figures.</noscript></div>\n<figcaption>{legend}. The line joins the networks that no other beats in both. "
-        "Latency is known of results alone.</figcaption>\n</figure>\n"
-        f"<script type='application/json' id='points'>{points}</script>"
-    )
+    points = _points(content)
+    key = [point["y"] for point in points if point["kind"] != "tried" and point["y"] is not None]
+    top = max(key, default=0.0) + _ROOM_ABOVE * max(max(key, default=0.0) - min([0.0, *key]), 0.1)
+    data = {
+        "axes": _AXES,
+        "y": "accuracy lost, points",
+        "kinds": _KINDS,
+        "points": points,
+        "guides": _guides(content),
+        "fronts": content["fronts"],
+        "top": top,
+    }
+    return section("What each setting reaches", chart("scatter", "settings", data), note=_PLOT_NOTE)
+
+
+def _guides(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The accuracy budget where all settings have the same."""
+    budgets = {(setting.get("budget") or {}).get("max_accuracy_drop") for setting in content["settings"]}
+    if len(budgets) != 1 or None in budgets:
+        return []
+    (allowed,) = budgets
+    return [{"y": allowed, "text": f"budget: {allowed:g} points"}]
 
 
 def _points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -193,47 +147,46 @@ def _size(figures: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _point(setting: Mapping[str, Any], figures: Mapping[str, Any], kind: str, latency: float | None) -> dict[str, Any]:
+    sizes = f"{format_count(figures['parameters'])} parameters, {format_count(figures['macs'])} MACs"
     lines = [
         f"#{setting['number']} {setting['label']}",
-        f"{kind}: {format_count(figures['parameters'])} parameters, {format_count(figures['macs'])} MACs",
-        f"{format_change(figures['validation_drop'])} points on {figures['images']:,} validation images",
+        f"{_KINDS[kind]['label']}: {sizes}",
+        f"{format_points(figures['validation_drop'])} on {figures['images']:,} validation images",
     ]
     if latency is not None:
         lines.append(f"{format_milliseconds(latency)} for a batch of {_BATCH}")
     return {
-        "kind": kind, "parameters": figures["parameters"], "macs": figures["macs"], "latency": latency,
-        "drop": figures["validation_drop"], "lines": lines,
-    }  # fmt: skip
+        "kind": kind,
+        "label": f"#{setting['number']}" if kind == "chosen" else None,
+        "x": {"parameters": figures["parameters"], "macs": figures["macs"], "latency": latency},
+        "y": figures["validation_drop"],
+        "bound": None,
+        "lines": lines,
+    }
 
 
-def _table(content: Mapping[str, Any]) -> str:
-    head = ("", "setting", "parameters removed", "MACs removed", "latency, batch 64", "accuracy, points", "bound",
-            "on the front", "search")  # fmt: skip
-    titles = "".join(f"<th{'' if number == 1 else ' class=number'}>{title}</th>" for number, title in enumerate(head))
-    rows = []
-    for setting in content["settings"]:
-        result = setting["result"]
-        cells = (
-            format_fraction(result["parameters_removed"]),
-            format_fraction(result["macs_removed"]),
-            format_milliseconds(result["latency_ms"][_BATCH]),
-            format_change(result["validation_drop"]),
-            format_change(result["drop_upper_bound"]),
-            ", ".join(fronts_of(content, setting["number"])) or "none",
+def _settings(content: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            f"#{setting['number']}",
+            setting["label"],
+            format_fraction(setting["result"]["parameters_removed"]),
+            format_fraction(setting["result"]["macs_removed"]),
+            format_milliseconds(setting["result"]["latency_ms"][_BATCH]),
+            format_change(setting["result"]["validation_drop"]),
+            format_change(setting["result"]["drop_upper_bound"]),
+            ", ".join(str(_AXES[axis]["short"]) for axis in fronts_of(content, setting["number"])) or "nothing",
             describe_search(setting),
-        )
-        chosen = " class='chosen'" if setting["number"] == content["chosen"]["number"] else ""
-        numbers = "".join(f"<td class='number'>{_text(cell)}</td>" for cell in cells)
-        rows.append(
-            f"<tr{chosen}><td class='number'>{setting['number']}</td><td class='text'>{_text(setting['label'])}</td>"
-            f"{numbers}</tr>"
-        )
-    return (
-        "<h2>Settings</h2>\n<div class='card scroll'><table><thead><tr>"
-        f"{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>\n"
-        "<p class='quiet small'>The chosen setting is in bold. Points of accuracy gained (+) or lost (−) on the "
-        "validation images, and the confidence bound by which networks are accepted.</p>"
-    )
+        ]
+        for setting in content["settings"]
+    ]
+    head = ["", "setting", "parameters removed", "MACs removed", f"time, {_BATCH} images", "change", "at worst",
+            "best in", "search"]  # fmt: skip
+    chosen = {
+        place for place, entry in enumerate(content["settings"]) if entry["number"] == content["chosen"]["number"]
+    }
+    listed = table(head, rows, kinds="ntnnnnntt", emphasised=chosen)
+    return section("Settings", f"<div class='card'>{listed}</div>", note=_TABLE_NOTE)
 
 
 def fronts_of(content: Mapping[str, Any], number: int) -> list[str]:
@@ -254,17 +207,13 @@ def describe_search(setting: Mapping[str, Any]) -> str:
 
 
 def _background(content: Mapping[str, Any]) -> str:
-    solve, seconds = content["solve"], content["timings_seconds"]
-    stages = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    return (
-        "<h2>Work</h2>\n<p>"
-        f"{solve['pairs_asked']} continuations were asked for, {solve['pairs_distinct']} of them are distinct, and "
-        f"{solve['pairs_solved']} were solved now; the calibration images went through the network "
-        f"{solve['calibrations']} time{'s' if solve['calibrations'] != 1 else ''}. On {solve['workers']} "
-        f"worker{'s' if solve['workers'] != 1 else ''}: {_text(stages)}.</p>\n"
-        "<p class='quiet small'>The chosen network and its report are in the folder <code>chosen</code>.</p>"
+    seconds = content["timings_seconds"]
+    total = f"Time: {format_seconds(seconds['total'])}" if "total" in seconds else "Time"
+    blocks = (
+        ("What the settings shared", {title: content["solve"][name] for name, title in _WORK_NAMES.items()}),
+        (total, {name: format_seconds(value) for name, value in seconds.items()}),
+        ("Data", content["data"]),
+        ("Lineage: where it came from and where it went", content.get("lineage") or {}),
+        ("Environment", content.get("environment") or {}),
     )
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+    return section("To do it again", *(folded(name, pairs(entries)) for name, entries in blocks if entries))

@@ -50,6 +50,11 @@ def format_change(drop: float | None) -> str:
     return f"{change:+.2f}".replace("-", "−")
 
 
+def format_points(drop: float | None) -> str:
+    """The same with its unit: 0.31 -> ``−0.31 points``."""
+    return UNKNOWN if drop is None else f"{format_change(drop)} points"
+
+
 def format_milliseconds(value: float | None) -> str:
     """A latency in three digits."""
     return UNKNOWN if value is None else f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
@@ -75,6 +80,17 @@ def result_of(report: Mapping[str, Any]) -> Mapping[str, Any]:
     """Figures of the network that was saved: fine-tuned if it was, else one-shot."""
     result: Mapping[str, Any] = report.get("fine_tuned") or report["one_shot"]
     return result
+
+
+def model_name(report: Mapping[str, Any]) -> str:
+    """What the network is called."""
+    return str(report["model"].get("spec") or "Network passed in process")
+
+
+def speed_up(dense: Mapping[str, Any], result: Mapping[str, Any], batch_size: str = "64") -> str:
+    """How many times faster: ``2.9 ×``."""
+    before, after = ((figures.get("latency_ms") or {}).get(batch_size) for figures in (dense, result))
+    return f"{before / after:.2g} ×" if before and after else UNKNOWN
 
 
 _BUDGETS = {

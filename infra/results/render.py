@@ -51,9 +51,11 @@ def main() -> None:
 
 
 def add(folder: Path, name: str, label: str, command: str) -> None:
-    """Copy one run's report and its plot of widths; candidates' widths and kept channels stay with the run."""
+    """Copy one run's report and its plot of widths; kept channels and their probabilities stay with the run."""
     report = json.loads((folder / "report.json").read_text())
     report.pop("plan", None)
+    for group in report["groups"]:
+        group.pop("channel_probability", None)
     kind, separator, path = report["data"]["spec"].partition(":")
     report["data"]["spec"] = f"{kind}{separator}{Path(path).name}"  # where it lay on one machine tells nobody anything
     entry = {"label": label, "command": command, "report": report}
