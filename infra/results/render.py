@@ -23,6 +23,8 @@ COLUMNS = (
     "dense accuracy",
     "one-shot accuracy",
     "drop",
+    "fine-tuned accuracy",
+    "drop",
     "parameters removed",
     "MACs removed",
     "latency, batch 64",
@@ -74,11 +76,14 @@ def row(entry: dict[str, Any]) -> tuple[str, ...]:
     """Cells of one run."""
     report = entry["report"]
     dense, small, certificate = report["dense"], report["one_shot"], report["certificate"]
+    tuned = report["fine_tuned"]
     return (
         entry["label"],
         f"{dense['accuracy']:.2f} %",
         f"{small['accuracy']:.2f} %",
         f"{small['accuracy_drop']:.2f}",
+        "-" if tuned is None else f"{tuned['accuracy']:.2f} %",
+        "-" if tuned is None else f"{tuned['accuracy_drop']:.2f}",
         f"**{100 * small['parameters_removed']:.1f} %** ({dense['parameters']:,} → {small['parameters']:,})",
         f"{100 * small['macs_removed']:.1f} %",
         f"{dense['latency_ms']['64']:.0f} → {small['latency_ms']['64']:.0f} ms",
