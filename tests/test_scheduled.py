@@ -217,7 +217,10 @@ def consumer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages,) = (folder / "venv/lib").glob("python*/site-packages")
     places = [place for place in sys.path if place.endswith(("site-packages", "dist-packages"))]
     (packages / "shared.pth").write_text("\n".join(places) + "\n", encoding="utf-8")
-    return folder / "venv/bin/python"
+    python, program = folder / "venv/bin/python", folder / "venv/bin/uvicorn"  # which MLflow starts by its name
+    program.write_text(f'#!/bin/sh\nexec "{python}" -m uvicorn "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    return python
 
 
 def consumer_environment(site: Site, consumer: Path) -> dict[str, str]:
@@ -315,17 +318,21 @@ def test_served_schedule_ends_with_ctrl_c(site: Site) -> None:
     given += ["--max-accuracy-drop", "1.0", "--output", "runs/served"]
     command = [sys.executable, "-m", "flows.cli", "schedule", "--cron", "0 2 * * *", "--name", "served", *given]
 
-    def find_schedule() -> list[dict[str, Any]]:
+    def is_polled() -> bool:
         with contextlib.suppress(urllib.error.HTTPError):  # 404 until it is there
-            return site.deployment("prune-model/served")["schedules"]
-        return []
+            return site.deployment("prune-model/served")["last_polled"] is not None
+        return False
+
+    def is_active() -> bool:
+        (schedule,) = site.deployment("prune-model/served")["schedules"]
+        return schedule["active"]
 
     with servers.running(command, log, environment=site.environment, folder=site.folder) as process:
-        servers.wait_until(lambda: find_schedule() != [], "the schedule is served")
-        assert find_schedule()[0]["active"] is True
+        servers.wait_until(is_polled, "the schedule is served")
+        assert is_active()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-    assert find_schedule()[0]["active"] is False
+    assert not is_active()
     lines = log.read_text(encoding="utf-8").splitlines()
     assert "schedule   served: 0 2 * * * (UTC); end it with Ctrl-C" in lines
     assert "Traceback" not in "\n".join(lines)
