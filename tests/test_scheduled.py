@@ -145,6 +145,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             "PREFECT_API_URL": f"http://127.0.0.1:{ports['prefect']}/api",
             "PREFECT_API_AUTH_STRING": f"admin:{passwords['prefect']}",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_RUNNER_POLL_FREQUENCY": "2",
             "PREFECT_LOGGING_LEVEL": "DEBUG",  # a test looks for passwords in what is written
             "MLFLOW_TRACKING_URI": f"http://admin:{passwords['mlflow']}@127.0.0.1:{ports['mlflow']}",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # runs of MLflow's own, which nobody asks for here
@@ -312,10 +313,10 @@ def test_second_run_waits_for_the_pool(site: Site, champion: Any) -> None:
     assert first_end <= second_start
 
 
-def test_served_schedule_ends_with_ctrl_c(site: Site) -> None:
+def test_served_schedule_prunes_and_ends_with_ctrl_c(site: Site, champion: Any) -> None:
     log = site.folder / "schedule.log"
     given = ["--model", "digits_cnn", "--checkpoint", "checkpoints/digits.safetensors", "--data", "digits"]
-    given += ["--max-accuracy-drop", "1.0", "--output", "runs/served"]
+    given += ["--parameters-removed", "0.6", "--output", "runs/served"]
     command = [sys.executable, "-m", "flows.cli", "schedule", "--cron", "0 2 * * *", "--name", "served", *given]
 
     def is_polled() -> bool:
@@ -323,16 +324,19 @@ def test_served_schedule_ends_with_ctrl_c(site: Site) -> None:
             return site.deployment("prune-model/served")["last_polled"] is not None
         return False
 
-    def is_active() -> bool:
-        (schedule,) = site.deployment("prune-model/served")["schedules"]
-        return schedule["active"]
+    def is_paused() -> bool:
+        return site.deployment("prune-model/served")["paused"]
 
     with servers.running(command, log, environment=site.environment, folder=site.folder) as process:
         servers.wait_until(is_polled, "the schedule is served")
-        assert is_active()
+        assert not is_paused()
+        site.ask(f"deployments/{site.deployment('prune-model/served')['id']}/create_flow_run", {})
+        servers.wait_until(lambda: site.runs("prune-model/served", *ENDED) != [], "the served run ends", 300)
+        assert site.runs("prune-model/served", *ENDED)[0]["state_type"] == "COMPLETED"
+        assert (site.folder / "runs/served/report.json").is_file()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-    assert not is_active()
+    assert is_paused()
     lines = log.read_text(encoding="utf-8").splitlines()
     assert "schedule   served: 0 2 * * * (UTC); end it with Ctrl-C" in lines
     assert "Traceback" not in "\n".join(lines)
