@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from prefect import serve
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Cron
 from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
@@ -45,13 +47,14 @@ def require_lasting_server() -> None:
 
 def serve_pruning(parameters: PruneParameters, *, name: str, cron: str, timezone: str) -> None:
     """Run the pruning flow on a schedule until this process is interrupted, one run at a time."""
-    prune_model.serve(
+    deployment = RunnerDeployment.from_flow(
+        prune_model,
         name=name,
         schedule=Cron(cron, timezone=timezone),
         parameters={"parameters": parameters.model_dump(mode="json", exclude_unset=True)},
         tags=["entprune"],
-        global_limit=1,  # of this deployment, wherever else it may be served
-        limit=1,  # of this process
-        print_starting_message=False,
+        concurrency_limit=1,  # of this deployment, wherever else it may be served
         entrypoint_type=EntrypointType.MODULE_PATH,  # a path would count from the present folder
     )
+    # Not `prune_model.serve`: it hands the flow to its runs as a pickle, which leaves the parameters' types behind.
+    serve(deployment, limit=1, print_starting_message=False)

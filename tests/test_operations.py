@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer
 from mlflow import MlflowClient
-from prefect.types.entrypoint import EntrypointType
+from prefect.deployments.runner import RunnerDeployment
 from pydantic import ValidationError
 from torch import nn
 
@@ -145,16 +145,17 @@ def test_schedule_without_a_lasting_server_says_how_to_start_one() -> None:
 
 
 def test_served_runs_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(type(serving.prune_model), "serve", lambda self, **options: given.update(options))
+    served: list[tuple[RunnerDeployment, dict[str, Any]]] = []
+    monkeypatch.setattr(serving, "serve", lambda deployment, **options: served.append((deployment, options)))
     parameters = PruneParameters(
         model="lenet", checkpoint=Path("/a.pt"), data="mnist", macs_removed=0.5, output=Path("/out")
     )
     serving.serve_pruning(parameters, name="nightly", cron="0 2 * * *", timezone="UTC")
-    assert (given["limit"], given["global_limit"]) == (1, 1)
-    assert given["entrypoint_type"] is EntrypointType.MODULE_PATH
-    assert PruneParameters.model_validate(given["parameters"]["parameters"]) == parameters
-    assert given["schedule"].cron == "0 2 * * *"
+    ((deployment, options),) = served
+    assert (options["limit"], deployment.concurrency_limit) == (1, 1)
+    assert PruneParameters.model_validate(deployment.parameters["parameters"]) == parameters
+    assert deployment.entrypoint == "flows.prune_model.prune_model"
+    assert [schedule.schedule.cron for schedule in deployment.schedules] == ["0 2 * * *"]
 
 
 # --- watch ------------------------------------------------------------------------------------------------------------

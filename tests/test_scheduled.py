@@ -145,6 +145,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             "PREFECT_API_URL": f"http://127.0.0.1:{ports['prefect']}/api",
             "PREFECT_API_AUTH_STRING": f"admin:{passwords['prefect']}",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_RUNNER_POLL_FREQUENCY": "2",
             "PREFECT_LOGGING_LEVEL": "DEBUG",  # a test looks for passwords in what is written
             "MLFLOW_TRACKING_URI": f"http://admin:{passwords['mlflow']}@127.0.0.1:{ports['mlflow']}",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # runs of MLflow's own, which nobody asks for here
@@ -217,7 +218,10 @@ def consumer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages,) = (folder / "venv/lib").glob("python*/site-packages")
     places = [place for place in sys.path if place.endswith(("site-packages", "dist-packages"))]
     (packages / "shared.pth").write_text("\n".join(places) + "\n", encoding="utf-8")
-    return folder / "venv/bin/python"
+    python, program = folder / "venv/bin/python", folder / "venv/bin/uvicorn"  # which MLflow starts by its name
+    program.write_text(f'#!/bin/sh\nexec "{python}" -m uvicorn "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    return python
 
 
 def consumer_environment(site: Site, consumer: Path) -> dict[str, str]:
@@ -309,23 +313,30 @@ def test_second_run_waits_for_the_pool(site: Site, champion: Any) -> None:
     assert first_end <= second_start
 
 
-def test_served_schedule_ends_with_ctrl_c(site: Site) -> None:
+def test_served_schedule_prunes_and_ends_with_ctrl_c(site: Site, champion: Any) -> None:
     log = site.folder / "schedule.log"
     given = ["--model", "digits_cnn", "--checkpoint", "checkpoints/digits.safetensors", "--data", "digits"]
-    given += ["--max-accuracy-drop", "1.0", "--output", "runs/served"]
+    given += ["--parameters-removed", "0.6", "--output", "runs/served"]
     command = [sys.executable, "-m", "flows.cli", "schedule", "--cron", "0 2 * * *", "--name", "served", *given]
 
-    def find_schedule() -> list[dict[str, Any]]:
+    def is_polled() -> bool:
         with contextlib.suppress(urllib.error.HTTPError):  # 404 until it is there
-            return site.deployment("prune-model/served")["schedules"]
-        return []
+            return site.deployment("prune-model/served")["last_polled"] is not None
+        return False
+
+    def is_paused() -> bool:
+        return site.deployment("prune-model/served")["paused"]
 
     with servers.running(command, log, environment=site.environment, folder=site.folder) as process:
-        servers.wait_until(lambda: find_schedule() != [], "the schedule is served")
-        assert find_schedule()[0]["active"] is True
+        servers.wait_until(is_polled, "the schedule is served")
+        assert not is_paused()
+        site.ask(f"deployments/{site.deployment('prune-model/served')['id']}/create_flow_run", {})
+        servers.wait_until(lambda: site.runs("prune-model/served", *ENDED) != [], "the served run ends", 300)
+        assert site.runs("prune-model/served", *ENDED)[0]["state_type"] == "COMPLETED"
+        assert (site.folder / "runs/served/report.json").is_file()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-    assert find_schedule()[0]["active"] is False
+    assert is_paused()
     lines = log.read_text(encoding="utf-8").splitlines()
     assert "schedule   served: 0 2 * * * (UTC); end it with Ctrl-C" in lines
     assert "Traceback" not in "\n".join(lines)
