@@ -36,17 +36,19 @@ class EstimateLines:
     def __init__(self, say: Callable[[str], None], seconds: float) -> None:
         self._say, self._seconds = say, seconds
         self._step = ""
-        self._step_started = self._last_line = 0.0
+        self._step_started = self._last_line = self._last_event = time.monotonic()
 
     def started(self, stage: str) -> None:  # noqa: ARG002 -- the protocol
         """Start the clock."""
         self._step, self._last_line = "", time.monotonic()
+        self._last_event = self._last_line
 
     def advanced(self, stage: str, step: str, done: int, total: int) -> None:  # noqa: ARG002 -- the protocol
         """Say it unless the last line is too recent."""
         now = time.monotonic()
         if step != self._step:
-            self._step, self._step_started = step, self._last_line
+            self._step, self._step_started = step, self._last_event
+        self._last_event = now
         if now - self._last_line < self._seconds or done >= total:
             return
         left = remaining_seconds(now - self._step_started, done, total)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from flows.progress_bar import RichReporter
-from tasks.progress import ProgressReporter, StageClock, report_to
+from tasks.progress import EstimateLines, ProgressReporter, StageClock, report_to
 
 
 def run_stages(reporter: ProgressReporter) -> None:
@@ -35,7 +35,7 @@ def test_without_a_terminal_there_is_a_line_for_each_finished_stage() -> None:
 
 
 def test_without_a_terminal_a_long_stage_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 20.0, 40.0, 60.0, 80.0, 100.0])
+    now = iter([1000.0, 1000.0, 1020.0, 1040.0, 1060.0, 1080.0, 1100.0])
     monkeypatch.setattr("tasks.progress.time.monotonic", lambda: next(now))
     stream = io.StringIO()
     with RichReporter(Console(file=stream, width=80)) as reporter:
@@ -44,6 +44,17 @@ def test_without_a_terminal_a_long_stage_says_how_long_it_will_take(monkeypatch:
             reporter.advanced("fine-tune", "fine-tune [a]", done, 5)
     lines = [line.strip() for line in stream.getvalue().splitlines()]
     assert lines == ["fine-tune [a]: 2 of 5, about 60 s left", "fine-tune [a]: 4 of 5, about 20 s left"]
+
+
+def test_estimate_of_a_step_counts_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([1000.0, 1010.0, 1020.0, 1040.0])
+    monkeypatch.setattr("tasks.progress.time.monotonic", lambda: next(now))
+    lines: list[str] = []
+    estimates = EstimateLines(lines.append, 30.0)  # a training reports without having said that it starts
+    estimates.advanced("train", "epoch 1", 1, 2)
+    estimates.advanced("train", "epoch 1", 2, 2)
+    estimates.advanced("train", "epoch 2", 1, 4)
+    assert lines == ["epoch 2: 1 of 4, about 60 s left"]
 
 
 def test_in_a_terminal_each_step_has_a_bar() -> None:
