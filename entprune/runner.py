@@ -38,6 +38,10 @@ class Work:
 class Runner(Protocol):
     """Runs units; results come back in the order of the work, whoever finished first."""
 
+    @property
+    def workers(self) -> int:
+        """Units at a time; no result may depend on it."""
+
     def share(self, value: Any) -> Any:
         """Put a value where every unit can read it without another copy; return its handle."""
 
@@ -71,6 +75,11 @@ class InProcessRunner:
         if workers < 1 or threads < 1:
             raise ConfigError(f"expected at least one worker and one thread, got {workers} and {threads}.")
         self._workers, self._threads, self._progress = workers, threads, progress
+
+    @property
+    def workers(self) -> int:
+        """Units at a time."""
+        return self._workers
 
     def share(self, value: Any) -> Any:
         """Return the value itself."""

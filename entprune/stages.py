@@ -42,8 +42,8 @@ from entprune.selection import DenseReference, StopRule
 from entprune.shared_steps import SharedSteps
 from entprune.tracing import trace
 
-_EVALUATION_BATCH = 64
-_PREDICTION_IMAGES, _PREDICTIONS = 256, 8  # of one unit, but at least so many units
+EVALUATION_BATCH = 64
+_PREDICTION_IMAGES, _PREDICTIONS = 256, 8  # of one unit at most, and so many units at least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -325,23 +325,26 @@ class PredictJob:
 def logits_range(job: PredictJob, part: tuple[int, int]) -> np.ndarray:
     """Unit: (n, k) logits of a range of images."""
     return predict_logits(
-        copy.deepcopy(job.model), job.images.split, job.images.indices[slice(*part)], _EVALUATION_BATCH, job.device
+        copy.deepcopy(job.model), job.images.split, job.images.indices[slice(*part)], EVALUATION_BATCH, job.device
     )
 
 
 def predict(model: nn.Module, images: ImageSet, config: PruneConfig, runner: Runner, *, stage: str) -> np.ndarray:
     """(n, k) float32 logits of a network on some images, computed in fixed ranges."""
     job = runner.share(PredictJob(model=model, images=images, device=config.device))
-    parts = shards(len(images), prediction_units(len(images)), _EVALUATION_BATCH)
+    parts = shards(len(images), prediction_units(len(images), runner.workers), EVALUATION_BATCH)
     try:
         return np.concatenate(runner.run(logits_range, [Work(shared=job, item=part) for part in parts], stage=stage))
     finally:
         runner.release(job)
 
 
-def prediction_units(count: int) -> int:
-    """Units into which the prediction of so many images is divided; batches, and so results, stay the same."""
-    return max(_PREDICTIONS, -(-count // _PREDICTION_IMAGES))
+def prediction_units(count: int, workers: int) -> int:
+    """Units into which the prediction of so many images is divided: as many for each worker.
+
+    They start at multiples of the batch size, so batches and results are the same for any number of them.
+    """
+    return max(_PREDICTIONS, workers * -(-count // (workers * _PREDICTION_IMAGES)))
 
 
 def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:
@@ -413,7 +416,7 @@ def score_candidate(job: CandidateJob, plan: PruningPlan) -> CandidateScore:
     images, reference = job.validation, job.reference
     while images is not None and reference is not None and len(predicted) < len(images):
         part = images.indices[len(predicted) : len(predicted) + job.stop.chunk]
-        answers = predict_classes(smaller, images.split, part, _EVALUATION_BATCH, job.device)
+        answers = predict_classes(smaller, images.split, part, EVALUATION_BATCH, job.device)
         predicted = np.concatenate([predicted, answers])
         if job.stop.is_decided(reference.drops(predicted)):
             break

@@ -154,6 +154,7 @@ class RayRunner:
 
     def __init__(self, cluster: Cluster, *, progress: Progress | None = None) -> None:
         self._pool = _Pool(cluster)
+        self.workers = cluster.workers
         self.progress = progress
         self.units_run: Counter[str] = Counter()
         self.units_by_node: Counter[str] = Counter()
