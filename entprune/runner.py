@@ -25,7 +25,7 @@ class Work:
     """One unit's arguments.
 
     Attributes:
-        shared: handle from :meth:`Runner.share`.
+        shared: handle from :meth:`Runner.share`, or a tuple of handles for a unit that reads as many values.
         item: small argument of this unit alone.
         cost: relative effort; runners start the largest first.
     """

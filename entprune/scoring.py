@@ -10,6 +10,7 @@ Axes: j validation images that were scored.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 
 from entprune.assembly import slice_network
 from entprune.checkpoints import load_plain_state
+from entprune.evaluation import predict_classes
 from entprune.plan import PruningPlan
 from entprune.runner import Runner, Work
 from entprune.selection import StopRule
@@ -27,8 +29,6 @@ from entprune.stages import (
     EVALUATION_BATCH,
     CandidateJob,
     CandidateScore,
-    PredictJob,
-    logits_range,
     score_candidate,
     shards,
 )
@@ -115,6 +115,15 @@ def images_ahead(left: int, workers: int, chunk: int) -> int:
     return min(max(1, workers * EVALUATION_BATCH // chunk) * chunk, left)
 
 
+def validate_range(shared: tuple[CandidateJob, nn.Module], part: tuple[int, int]) -> np.ndarray:
+    """Unit: (n,) classes that an assembled network chooses for a range of the validation images."""
+    job, model = shared
+    if job.validation is None:
+        raise ValueError("expected validation images, got none; share the job that has them.")
+    indices = job.validation.indices[slice(*part)]
+    return predict_classes(copy.deepcopy(model), job.validation.split, indices, EVALUATION_BATCH, job.device)
+
+
 class _Validation:
     """One assembled candidate on its way through the validation images."""
 
@@ -124,8 +133,8 @@ class _Validation:
             raise ValueError("expected validation images to score on, got none; score the plan as one unit.")
         self._stop, self._reference, self._count, self._runner = task.stop, job.reference, len(job.validation), runner
         self._state, self.predicted = score.state, np.zeros(0, dtype=np.int64)
-        model = _rebuild(job, task.plan, score)
-        self.handle = runner.share(PredictJob(model=model, images=job.validation, device=job.device))
+        self._model = runner.share(_rebuild(job, task.plan, score))
+        self.shared = (task.handle, self._model)  # the images are on the workers' nodes already, with the job
         self.is_done = self._count == 0
 
     def ranges(self, workers: int) -> list[tuple[int, int]]:
@@ -150,25 +159,20 @@ class _Validation:
 
     def close(self) -> None:
         """Let the workers forget the network."""
-        self._runner.release(self.handle)
+        self._runner.release(self._model)
 
 
 def _validate(runs: Sequence[_Validation], runner: Runner, stage: str) -> None:
     """Predict the next images of all candidates as one pool of work."""
     parts = [run.ranges(-(-runner.workers // len(runs))) for run in runs]
     work = [
-        Work(shared=run.handle, item=part, cost=part[1] - part[0])
+        Work(shared=run.shared, item=part, cost=part[1] - part[0])
         for run, ranges in zip(runs, parts, strict=True)
         for part in ranges
     ]
-    logits = iter(runner.run(logits_range, work, stage=stage))
+    classes = iter(runner.run(validate_range, work, stage=stage))
     for run, ranges in zip(runs, parts, strict=True):
-        run.add(np.concatenate([_classes(next(logits)) for _ in ranges]))
-
-
-def _classes(logits: np.ndarray) -> np.ndarray:
-    """As :func:`entprune.evaluation.predict_classes`."""
-    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
+        run.add(np.concatenate([next(classes) for _ in ranges]))
 
 
 def _rebuild(job: CandidateJob, plan: PruningPlan, score: CandidateScore) -> nn.Module:

@@ -49,7 +49,7 @@ class Worker:
         """Answer once the process is up: the id of the node that it runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def run(self, unit: Unit, key: str, reference: list[Any], item: Any) -> Any:
+    def run(self, unit: Unit, key: str | tuple[str, ...], reference: list[Any], item: Any) -> Any:
         """Run one unit; the reference comes in a list, or Ray would rebuild the shared value for each call."""
         return unit(self._value(key, reference), item)
 
@@ -57,7 +57,9 @@ class Worker:
         """Let go of a shared value."""
         self._held.pop(key, None)
 
-    def _value(self, key: str, reference: list[Any]) -> Any:
+    def _value(self, key: str | tuple[str, ...], reference: list[Any]) -> Any:
+        if isinstance(key, tuple):
+            return tuple(self._value(part, [inner]) for part, inner in zip(key, reference[0], strict=True))
         if key not in self._held:
             while len(self._held) >= _HELD_VALUES:
                 self._held.popitem(last=False)
@@ -239,8 +241,8 @@ class RayRunner:
         pool = self._pool
         while queue and pool.idle:
             number, actor = queue.popleft(), pool.idle.pop()
-            shared = work[number].shared
-            reference = actor.run.remote(unit, shared.key, [shared.reference], work[number].item)
+            key, value = _address(work[number].shared)
+            reference = actor.run.remote(unit, key, [value], work[number].item)
             pool.busy[reference] = (actor, number)
 
     def _collect(
@@ -280,6 +282,13 @@ class RayRunner:
         self.units_run[stage] += 1
         if self.progress is not None:
             self.progress(stage, done, total)
+
+
+def _address(shared: SharedValue | tuple[SharedValue, ...]) -> tuple[str | tuple[str, ...], Any]:
+    """Key and reference of a shared value, or those of several."""
+    if isinstance(shared, tuple):
+        return tuple(handle.key for handle in shared), [handle.reference for handle in shared]
+    return shared.key, shared.reference
 
 
 def _original(error: RayTaskError) -> BaseException:
