@@ -19,10 +19,11 @@ from entprune.config import Budget, PruneConfig
 from entprune.latency import KeptLatency, latency_budget
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
-from entprune.runner import Runner, Work
+from entprune.runner import Runner
+from entprune.scoring import ScoreTask, score_all
 from entprune.search import Candidate, Ledger, ScoreRequest, SearchResult, search_steps
 from entprune.selection import StopRule
-from entprune.stages import CandidateJob, CandidateScore, score_candidate
+from entprune.stages import CandidateJob, CandidateScore
 
 _MIN_IMAGES = 256  # that a verdict on two candidates rests on
 
@@ -193,26 +194,20 @@ class _Pool:
             run.entrant.on_score(plan, score)
             _tell(missing[number], score)
 
-        work = [self._work(*askers[0]) for askers in missing]
-        if work:
-            self._runner.run(score_entrant, work, stage=stage, on_result=collect, keep=False)
+        tasks = [self._task(*askers[0]) for askers in missing]
+        if tasks:
+            score_all(tasks, self._runner, stage=stage, on_score=collect)
 
-    def _work(self, run: _Run, plan: PruningPlan) -> Work:
+    def _task(self, run: _Run, plan: PruningPlan) -> ScoreTask:
         job = run.entrant.job
         if id(job) not in self._handles:
             self._handles[id(job)] = self._runner.share(job)
-        return Work(shared=self._handles[id(job)], item=(plan, run.entrant.stop))
+        return ScoreTask(handle=self._handles[id(job)], job=job, plan=plan, stop=run.entrant.stop)
 
 
 def _tell(askers: Sequence[tuple[_Run, PruningPlan]], score: CandidateScore) -> None:
     for run, plan in askers:
         run.enter(plan, score)
-
-
-def score_entrant(job: CandidateJob, item: tuple[PruningPlan, StopRule]) -> CandidateScore:
-    """Unit: score one plan of one setting; settings of the same images share the job but not the budget."""
-    plan, stop = item
-    return score_candidate(replace(job, stop=stop), plan)
 
 
 def _stop_hopeless(runs: Sequence[_Run]) -> None:

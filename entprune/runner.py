@@ -25,7 +25,7 @@ class Work:
     """One unit's arguments.
 
     Attributes:
-        shared: handle from :meth:`Runner.share`.
+        shared: handle from :meth:`Runner.share`, or a tuple of handles for a unit that reads as many values.
         item: small argument of this unit alone.
         cost: relative effort; runners start the largest first.
     """
@@ -45,6 +45,10 @@ class Divisible(Protocol):
 
 class Runner(Protocol):
     """Runs units; results come back in the order of the work, whoever finished first."""
+
+    @property
+    def workers(self) -> int:
+        """Units at a time; no result may depend on it."""
 
     def share(self, value: Any) -> Any:
         """Put a value where every unit can read it without another copy; return its handle."""
@@ -79,6 +83,11 @@ class InProcessRunner:
         if workers < 1 or threads < 1:
             raise ConfigError(f"expected at least one worker and one thread, got {workers} and {threads}.")
         self._workers, self._threads, self._progress = workers, threads, progress
+
+    @property
+    def workers(self) -> int:
+        """Units at a time."""
+        return self._workers
 
     def share(self, value: Any) -> Any:
         """Return the value itself."""

@@ -18,9 +18,10 @@ from entprune.errors import ConfigError
 from entprune.latency import KeptLatency, LatencyBudget, latency_budget, limit_macs
 from entprune.path import SparsityPath
 from entprune.plan import GroupPlan, PruningPlan
-from entprune.runner import Runner, Work
+from entprune.runner import Runner
+from entprune.scoring import ScoreTask, score_all
 from entprune.selection import DenseReference, StopRule
-from entprune.stages import CandidateJob, CandidateScore, score_candidate
+from entprune.stages import CandidateJob, CandidateScore
 
 _SMALLEST_FRACTION = 0.02
 _REMOVED_RESOLUTION = 1.25  # factor between the removed fractions of neighbouring sizes
@@ -339,8 +340,9 @@ class _Scorer:
             if self._on_score is not None:
                 self._on_score(missing[number], score)
 
-        work = [Work(shared=self._handle, item=plan) for plan in missing]
-        self._runner.run(score_candidate, work, stage=request.stage, on_result=collect)
+        job, handle = self._job, self._handle
+        tasks = [ScoreTask(handle=handle, job=job, plan=plan, stop=job.stop) for plan in missing]
+        score_all(tasks, self._runner, stage=request.stage, on_score=collect)
 
 
 def _by_size(

@@ -42,8 +42,8 @@ from entprune.selection import DenseReference, StopRule
 from entprune.shared_steps import SharedSteps
 from entprune.tracing import trace
 
-_EVALUATION_BATCH = 64
-_PREDICTION_IMAGES, _PREDICTIONS = 256, 8  # of one unit, but at least so many units
+EVALUATION_BATCH = 64
+_PREDICTION_IMAGES, _PREDICTIONS = 256, 8  # of one unit at most, and so many units at least
 
 Part = tuple[int, int]  # first image, and the one after the last
 
@@ -368,7 +368,7 @@ class PredictJob:
     model: nn.Module
     images: ImageSet
     device: str
-    chunk: int = _EVALUATION_BATCH
+    chunk: int = EVALUATION_BATCH
 
     def in_chunks(self, images: int) -> PredictJob:
         """The same in smaller forward passes."""
@@ -381,7 +381,7 @@ def logits_range(job: PredictJob, part: Part) -> np.ndarray:
     return np.concatenate(
         [
             predict_logits(model, job.images.split, chosen, len(chosen), job.device)
-            for chosen in chunks(indices, _EVALUATION_BATCH, job.chunk)
+            for chosen in chunks(indices, EVALUATION_BATCH, job.chunk)
         ]
     )
 
@@ -403,7 +403,7 @@ def predict(
         on_result: called with each new range's as they come in.
     """
     job = runner.share(PredictJob(model=model, images=images, device=config.device))
-    parts = shards(len(images), prediction_units(len(images)), _EVALUATION_BATCH)
+    parts = shards(len(images), prediction_units(len(images), runner.workers), EVALUATION_BATCH)
     found: dict[int, np.ndarray] = {}
     try:
         _run_parts(logits_range, job, parts, runner, stage, known, on_result, found.__setitem__)
@@ -412,9 +412,12 @@ def predict(
     return np.concatenate([found[number] for number in range(len(parts))])
 
 
-def prediction_units(count: int) -> int:
-    """Units into which the prediction of so many images is divided; batches, and so results, stay the same."""
-    return max(_PREDICTIONS, -(-count // _PREDICTION_IMAGES))
+def prediction_units(count: int, workers: int) -> int:
+    """Units into which the prediction of so many images is divided: as many for each worker.
+
+    They start at multiples of the batch size, so batches and results are the same for any number of them.
+    """
+    return max(_PREDICTIONS, workers * -(-count // (workers * _PREDICTION_IMAGES)))
 
 
 def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:
@@ -461,7 +464,7 @@ class CandidateJob:
     reference: DenseReference | None
     stop: StopRule
     device: str
-    chunk: int = _EVALUATION_BATCH
+    chunk: int = EVALUATION_BATCH
 
     def in_chunks(self, images: int) -> CandidateJob:
         """The same in smaller forward passes, and without holding the rows of a layer while it is refit."""
@@ -493,7 +496,7 @@ def score_candidate(job: CandidateJob, plan: PruningPlan) -> CandidateScore:
         part = images.indices[len(predicted) : len(predicted) + job.stop.chunk]
         answers = [
             predict_classes(smaller, images.split, chosen, len(chosen), job.device)
-            for chosen in chunks(part, _EVALUATION_BATCH, job.chunk)
+            for chosen in chunks(part, EVALUATION_BATCH, job.chunk)
         ]
         predicted = np.concatenate([predicted, *answers])
         if job.stop.is_decided(reference.drops(predicted)):

@@ -52,7 +52,9 @@ class Worker:
         """Answer once the process is up: the id of the node that it runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def run(self, unit: Unit, key: str, reference: list[Any], item: Any, chunk: int | None = None) -> Any:
+    def run(
+        self, unit: Unit, key: str | tuple[str, ...], reference: list[Any], item: Any, chunk: int | None = None
+    ) -> Any:
         """Run one unit, after one that lacked memory with fewer images at a time.
 
         The reference comes in a list, or Ray would rebuild the shared value for each call.
@@ -60,13 +62,15 @@ class Worker:
         value = self._value(key, reference)
         if chunk is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return unit(value.in_chunks(chunk) if chunk is not None and isinstance(value, Divisible) else value, item)
+        return unit(value if chunk is None else _in_chunks(value, chunk), item)
 
     def forget(self, key: str) -> None:
         """Let go of a shared value."""
         self._held.pop(key, None)
 
-    def _value(self, key: str, reference: list[Any]) -> Any:
+    def _value(self, key: str | tuple[str, ...], reference: list[Any]) -> Any:
+        if isinstance(key, tuple):
+            return tuple(self._value(part, [inner]) for part, inner in zip(key, reference[0], strict=True))
         if key not in self._held:
             while len(self._held) >= _HELD_VALUES:
                 self._held.popitem(last=False)
@@ -164,6 +168,7 @@ class RayRunner:
 
     def __init__(self, cluster: Cluster, *, progress: Progress | None = None) -> None:
         self._pool = _Pool(cluster)
+        self.workers = cluster.workers
         self.progress = progress
         self.units_run: Counter[str] = Counter()
         self.units_by_node: Counter[str] = Counter()
@@ -247,8 +252,9 @@ class RayRunner:
     def _hand_out(self, unit: Unit, work: Sequence[Work], queue: UnitQueue) -> None:
         pool = self._pool
         while pool.idle and (number := queue.take(num_busy=len(pool.busy))) is not None:
-            actor, shared = pool.idle.pop(), work[number].shared
-            reference = actor.run.remote(unit, shared.key, [shared.reference], work[number].item, queue.chunk(number))
+            actor = pool.idle.pop()
+            key, value = _address(work[number].shared)
+            reference = actor.run.remote(unit, key, [value], work[number].item, queue.chunk(number))
             pool.busy[reference] = (actor, number)
             _logger.debug("stage '%s': unit %d is handed out", queue.stage, number)
 
@@ -288,6 +294,13 @@ class RayRunner:
             self.progress(stage, done, total)
 
 
+def _in_chunks(value: Any, images: int) -> Any:
+    """A shared value, or each of several, with fewer images at a time where it can be divided."""
+    if isinstance(value, tuple):
+        return tuple(_in_chunks(part, images) for part in value)
+    return value.in_chunks(images) if isinstance(value, Divisible) else value
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether a unit failed for want of memory: Ray stopped its worker, or Python, torch or a GPU had no more."""
     if isinstance(error, OutOfMemoryError):
@@ -298,6 +311,13 @@ def lacks_memory(error: BaseException) -> bool:
             isinstance(cause, RuntimeError) and _NO_MEMORY.search(str(cause)) is not None
         )
     return isinstance(error, RayActorError) and _KILLED_FOR_MEMORY.search(str(error)) is not None
+
+
+def _address(shared: SharedValue | tuple[SharedValue, ...]) -> tuple[str | tuple[str, ...], Any]:
+    """Key and reference of a shared value, or those of several."""
+    if isinstance(shared, tuple):
+        return tuple(handle.key for handle in shared), [handle.reference for handle in shared]
+    return shared.key, shared.reference
 
 
 def _original(error: RayTaskError) -> BaseException:

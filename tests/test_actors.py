@@ -19,15 +19,16 @@ import ray
 import torch
 from ray import cloudpickle
 
-from entprune import Budget, PathSetting, PruneConfig
+from entprune import Budget, PathSetting, PruneConfig, scoring
 from entprune.datasets import ArraySplit
 from entprune.errors import ConfigError, DataError, EngineError
 from entprune.models import build_model
 from entprune.moments import Moments, RowMoments
+from entprune.plan import GroupPlan, PruningPlan
 from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner, Runner, Work
 from entprune.search import search
-from entprune.stages import ImageSet, Network, analyse, calibrate, solve, solve_group
+from entprune.stages import CandidateScore, ImageSet, Network, analyse, calibrate, solve, solve_group
 from tasks import actors, unit_queue
 from tasks.actors import RayRunner
 from tasks.cluster import Cluster, WorkerShape, connect, free_memory_bytes, object_store_bytes
@@ -46,6 +47,11 @@ def look_at(shared: dict[str, np.ndarray], _: int) -> tuple[int, int, bool, bool
 
 def add(shared: int, item: int) -> int:
     return shared + item
+
+
+def subtract_all(shared: tuple[dict[str, np.ndarray], ...], _: int) -> float:
+    first, second = shared
+    return float((first["array"] - second["array"]).mean())
 
 
 def refuse(shared: Any, item: int) -> int:
@@ -175,6 +181,43 @@ def test_shared_value_is_put_once_and_read_in_place(runner: RayRunner, monkeypat
     assert len({pid for pid, *_ in seen}) == 2
     assert not any(writeable or owns for _, _, writeable, owns, _ in seen)
     assert len({(pid, identity) for pid, identity, *_ in seen}) == 2  # rebuilt once per worker, not once per unit
+
+
+def test_unit_may_read_several_shared_values(runner: RayRunner) -> None:
+    handles = tuple(runner.share({"array": np.full(100_000, fill)}) for fill in (1.0, 2.0))
+    work = [Work(shared=handles[::step], item=item) for step in (1, -1) for item in range(4)]
+    assert runner.run(subtract_all, work, stage="test") == [-1.0] * 4 + [1.0] * 4
+    for handle in handles:
+        runner.release(handle)
+
+
+def test_candidate_in_pieces_is_the_same_on_workers(
+    cluster: Cluster, config: PruneConfig, images: ImageSet, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_MUCH_WORK", 0.0)
+    own = InProcessRunner()
+    job = candidate_job(
+        network, images, calibrate(network, images, config, own), images, Budget(max_accuracy_drop=1.0), config, own
+    )
+    (group, *others) = network.groups.groups
+    kept = [
+        GroupPlan(name=g.name, num_channels=g.num_channels, kept_channels=tuple(range(g.num_channels))) for g in others
+    ]
+    half = GroupPlan(
+        name=group.name, num_channels=group.num_channels, kept_channels=tuple(range(group.num_channels // 2))
+    )
+    plan = PruningPlan(groups=(half, *kept))
+    scores: list[CandidateScore] = []
+    steps: list[str] = []
+    with RayRunner(cluster, progress=lambda stage, *_: steps.append(stage)) as pool:
+        for worker in (pool, own):
+            handle = worker.share(job)
+            task = scoring.ScoreTask(handle=handle, job=job, plan=plan, stop=job.stop)
+            scoring.score_all([task], worker, stage="search", on_score=lambda _, score: scores.append(score))
+            worker.release(handle)
+    assert steps == ["search", *["search, validation"] * 2]  # 96 images are two batches
+    np.testing.assert_array_equal(scores[0].predicted, scores[1].predicted)
+    assert all(np.array_equal(scores[0].state[name], value) for name, value in scores[1].state.items())
 
 
 def test_workers_use_the_threads_they_were_given(runner: RayRunner) -> None:

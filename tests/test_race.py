@@ -52,6 +52,8 @@ class Field:
         self.pools: list[int] = []
         self.released = 0
 
+    workers = 1
+
     def share(self, value: Any) -> Any:
         return value
 

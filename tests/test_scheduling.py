@@ -115,8 +115,16 @@ def test_images_are_taken_as_linear(costs: Costs) -> None:
 
 
 def test_a_sweep_is_more_work_than_a_run_and_shares_its_calibration(costs: Costs) -> None:
-    _, run, wide, sweep = (costs.stages(scenario) for scenario in SCENARIOS)
+    _, run, wide, sweep = (costs.stages(scenario, 1) for scenario in SCENARIOS)
     work = {name: sum(stage.work for stage in stages) for name, stages in (("run", run), ("sweep", sweep))}
     assert work["sweep"] > 2 * work["run"]
     assert [stage.work for stage in sweep if stage.name == "calibration"] == [run[1].work]
     assert len(wide) < len(run)  # fewer rounds
+
+
+@pytest.mark.parametrize("workers", [1, 8, 64, 256])
+def test_cutting_for_the_workers_leaves_the_work_about_as_it_is(costs: Costs, workers: int) -> None:
+    for scenario in SCENARIOS:
+        whole, cut = (sum(stage.work for stage in costs.stages(scenario, count)) for count in (1, workers))
+        assert whole <= cut * (1 + 1e-9)
+        assert cut < 1.05 * whole

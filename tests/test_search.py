@@ -63,16 +63,21 @@ class Scorer:
         self.scored: list[PruningPlan] = []
         self.released = 0
 
+    workers = 1
+
     def share(self, value: Any) -> Any:
         return value
 
     def release(self, handle: Any) -> None:
         self.released += 1
 
-    def run(self, unit: Any, work: Sequence[Work], *, stage: str, on_result: OnResult | None = None) -> list[Any]:
-        results = [self.answer(entry.item) for entry in work]
+    def run(
+        self, unit: Any, work: Sequence[Work], *, stage: str, on_result: OnResult | None = None, keep: bool = True
+    ) -> list[Any]:
+        plans = [entry.item[0] for entry in work]
+        results = [self.answer(plan) for plan in plans]
         for number, result in enumerate(results):
-            self.scored.append(work[number].item)
+            self.scored.append(plans[number])
             if on_result is not None:
                 on_result(number, result)
         return results
