@@ -23,6 +23,7 @@ from flows.parameters import PruneParameters
 from tests.faults.ground import BEING_STORED, WORKERS, Baseline, Row, note, plan_of, read_report, wait_for
 
 _SIGNALS = {signal.SIGKILL: "driver, SIGKILL", signal.SIGINT: "driver, Ctrl-C", signal.SIGTERM: "driver, SIGTERM"}
+_LATE_STAGES = ("certify", "measure", "publish")
 _FREED_SECONDS = 30.0
 
 
@@ -112,20 +113,18 @@ class Log:
 
 
 def draw_kill_points(seed: int, units: int, count: int) -> list[KillPoint]:
-    """Moments all over the run: each driver does a part of the units, and some die in stages without any."""
+    """Moments all over the run: first while there are units to do, then in stages without any, in their order."""
     generator = random.Random(seed)
     signals = [signal.SIGKILL] * (count - 2) + [signal.SIGINT, signal.SIGTERM]
     generator.shuffle(signals)
-    stages = ["start", "certify", "measure", "publish"]
-    points = []
-    for number, kind in enumerate(signals):
-        delay = round(generator.uniform(0.0, 0.15), 3)
-        if number % 3 == 2:
-            points.append(KillPoint(kind, None, stages.pop(generator.randrange(len(stages))), delay))
-            stages = stages or ["start", "certify", "measure", "publish"]
-        else:
-            points.append(KillPoint(kind, generator.randint(1, max(2, units // count)), None, delay))
-    return points
+    stages = sorted(generator.sample(_LATE_STAGES, count // 3), key=_LATE_STAGES.index)
+    share = units // (count - len(stages) + 1)  # so that none of these drivers comes to the end
+    moments = [(generator.randint(1, share), None) for _ in range(count - len(stages))]
+    moments[generator.randrange(len(moments))] = (None, "start")
+    return [
+        KillPoint(kind, number, stage, round(generator.uniform(0.0, 0.1), 3))
+        for kind, (number, stage) in zip(signals, [*moments, *((None, stage) for stage in stages)], strict=True)
+    ]
 
 
 class Relay:
@@ -185,9 +184,9 @@ class Relay:
         process, log = self._start()
         wait_for(lambda: point.is_reached(log.read()) or not process.is_alive(), 200, point.describe())
         time.sleep(point.delay_seconds)
-        is_late = not process.is_alive()
         when = time.monotonic()
-        os.kill(process.pid, point.signal)
+        if process.is_alive():
+            os.kill(process.pid, point.signal)
         process.join(_FREED_SECONDS)
         if process.is_alive():
             raise AssertionError(f"a driver outlived {_SIGNALS[point.signal]} by {_FREED_SECONDS:g} s")
@@ -196,7 +195,7 @@ class Relay:
         output = self._parameters.output
         if output.exists() and not (output / "report.json").is_file():
             raise AssertionError(f"half of a result lies in {output}")
-        done = "it was done already" if is_late or log.is_complete else "its actors ended, the next driver went on"
+        done = "it was done already" if log.is_complete else "its actors ended, the next driver went on"
         return log, done, when
 
 

@@ -52,28 +52,21 @@ def assert_recorded_once(folder: Path, name: str) -> None:
 def test_run_without_mlflow_is_recorded_later(
     engines: Engines, ground: Ground, baseline: Baseline, tracker: Server, table: list[Row]
 ) -> None:
-    """Killed at a seeded unit, killed while the results are told, and down at the start."""
-    generator = random.Random(2)
+    """Killed at a seeded unit, and down at the start."""
     tracker.start()
     parameters = ground.parameters("mlflow", register="killed-at-a-unit")
-    kills = {generator.randrange(2, baseline.units): partial(killed, tracker, "MLflow server")}
+    kills = {random.Random(2).randrange(2, baseline.units): partial(killed, tracker, "MLflow server")}
     rows, events = disturbed(parameters, baseline, kills, at_stake=0)
     table += rows
     check_mlflow(rows, events.lines, parameters.output)
-
-    tracker.start()
-    assert_recorded_once(parameters.output, "killed-at-a-unit")
-    again = ground.parameters("mlflow", register="killed-while-told", output=ground.folder / "mlflow" / "told")
-    rows, events = killed_while_telling(again, baseline, tracker.kill, generator.randrange(4, 14))
-    table += rows
-    check_mlflow(rows, events.lines, again.output)
 
     down = ground.parameters("mlflow", register="down-at-the-start", output=ground.folder / "mlflow" / "down")
     rows, events = disturbed(down, baseline, {}, at_stake=0, down="MLflow server")
     table += rows
     check_mlflow(rows, events.lines, down.output)
+
     tracker.start()
-    assert_recorded_once(again.output, "killed-while-told")
+    assert_recorded_once(parameters.output, "killed-at-a-unit")
     assert_recorded_once(down.output, "down-at-the-start")
 
 
