@@ -2,7 +2,7 @@
 # make test    run the test suite
 # make check   lint, format, types, layers: what CI runs before the tests
 # make conformance   check every torchvision classification CNN (about half an hour), ONLY=resnet* for some of them
-# make faults        kill actors, nodes, drivers and servers at many seeded moments (about 15 minutes) and write infra/faults
+# make faults        kill actors, nodes, drivers and servers at 75 seeded moments (about 18 minutes) and write infra/faults
 # make benchmark     measure this project beside others: PART=selection NETWORK=lenet SEED=0 DATA=data CHECKPOINTS=checkpoints
 #                    (infra/benchmark/README.md says what each part is); make benchmark-page makes tables and plots of it
 # make clean   remove caches, builds and the demo's results; .venv stays

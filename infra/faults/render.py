@@ -18,10 +18,11 @@ SIGKILL before and during a run. Several kills share a run, or follow each other
 is one kill.
 
 *In flight* are units that had been handed to a worker and whose result was not on disk: for a killed actor or node its
-own unit; for a driver what its workers had, and what was being written when it died (at most {bound}). *Redone* are the
-units that were handed out more often than in the undisturbed run. Loading, certificate, latency, report and tracking
-are no units: they take place in the driver and are done again by the next one. After each kill of a driver its actors
-were gone before the next one started.
+own unit; for a driver what its workers had, and what was being written when it died (at most {bound}). *Redone* are
+units that were handed out again. For drivers that is counted over each chain of them and checked against the sum of
+what was in flight, which is what their rows show. Loading, certificate, latency, report and tracking are no units: they
+take place in the driver and are done again by the next one. After each kill of a driver its actors were gone before the
+next one started. What MLflow missed was recorded afterwards by what `entprune log` calls, and once.
 """
 
 

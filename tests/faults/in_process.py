@@ -66,7 +66,7 @@ def disturbed(
         plan.done[0] = (f"{down}, down from the start", begin)
     rows = [
         Row(
-            point=f"unit {count} of {baseline.units}",
+            point=f"unit {count} of {baseline.units}" if count else "the whole run",
             died=what,
             outcome="the run finished by itself",
             same_plan=is_same,

@@ -98,7 +98,7 @@ def check_mlflow(rows: list[Row], lines: list[str], output: Path) -> None:
     assert len(lines) == 1, lines
 
 
-SEEDS = [None, 0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (None, 1, 2, 3))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -115,7 +115,8 @@ def test_run_goes_on_without_prefects_server(
     try:
         address = server.health.removesuffix("/health")
         with temporary_settings({PREFECT_API_URL: address, PREFECT_CLIENT_MAX_RETRIES: 1}):
-            rows, events = disturbed(parameters, baseline, kills, at_stake=0, down="Prefect server")
+            down = "" if kills else "Prefect server"
+            rows, events = disturbed(parameters, baseline, kills, at_stake=0, down=down)
     finally:
         server.kill()
     table += rows
