@@ -1,4 +1,4 @@
-"""One Ray cluster, one Prefect server and one undisturbed run for all fault tests."""
+"""One Ray cluster, one Prefect server and one undisturbed run for all fault tests; they end with the last of these."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-table", metavar="FILE", help="JSON file for what came of each kill point")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     return lay_ground(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def prefect_address(ground: Ground) -> Iterator[str]:
     server: Server = prefect_server(ground.folder / "prefect")
     server.start()
@@ -32,7 +32,7 @@ def prefect_address(ground: Ground) -> Iterator[str]:
     server.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engines(ground: Ground) -> Iterator[Engines]:
     started = Engines(WORKERS)
     yield started
@@ -47,14 +47,14 @@ def in_local_files(ground: Ground, prefect_address: str, monkeypatch: pytest.Mon
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def baseline(ground: Ground, engines: Engines, prefect_address: str) -> Baseline:
     with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: prefect_address}):
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{ground.folder / 'mlflow.db'}")
         return undisturbed(ground.parameters("undisturbed"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     """Rows of all kill points; written where `--fault-table` says."""
     rows: list[Row] = []
