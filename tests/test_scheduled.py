@@ -335,7 +335,7 @@ def test_served_schedule_prunes_and_ends_with_ctrl_c(site: Site, champion: Any) 
         assert site.runs("prune-model/served", *ENDED)[0]["state_type"] == "COMPLETED"
         assert (site.folder / "runs/served/report.json").is_file()
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(180) == 0
     assert is_paused()
     lines = log.read_text(encoding="utf-8").splitlines()
     assert "schedule   served: 0 2 * * * (UTC); end it with Ctrl-C" in lines
