@@ -29,9 +29,10 @@ NETWORK, SHAPE = "lenet", (1, 28, 28)
 
 @dataclass(frozen=True, slots=True)
 class NoiseSplit:
-    """Random images that are made when they are asked for, so that none is held."""
+    """Random images (C, H, W) that are made when they are asked for, so that none is held."""
 
     count: int
+    shape: tuple[int, int, int] = SHAPE
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -45,7 +46,7 @@ class NoiseSplit:
     def batch(self, indices: npt.NDArray[np.integer[Any]]) -> Tensor:
         """Images of these numbers."""
         generator = torch.Generator().manual_seed(int(indices[0]))
-        return torch.randn(len(indices), *SHAPE, generator=generator)
+        return torch.randn(len(indices), *self.shape, generator=generator)
 
 
 def main() -> None:

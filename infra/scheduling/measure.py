@@ -16,14 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from entprune.allocation import allocate
 from entprune.assembly import RefitData, slice_network
@@ -53,6 +52,7 @@ from entprune.stages import (
     solve_group,
 )
 from entprune.storage import atomic_write_text
+from infra.benchmark.memory import NoiseSplit
 from infra.benchmark.records import describe_run
 from tasks.actors import RayRunner
 from tasks.cluster import connect
@@ -61,26 +61,6 @@ MODEL, CLASSES, SHAPE = "torchvision:resnet50", 1000, (3, 224, 224)
 FEW, MANY = 64, 128  # images of the two measurements of what is linear in their number
 MACS_REMOVED = 0.5  # of the network whose assembly is timed
 _EMPTY_UNITS = 50
-
-
-@dataclass(frozen=True, slots=True)
-class NoiseSplit:
-    """Random images, made when they are asked for."""
-
-    count: int
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return self.count
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """All zero."""
-        return np.zeros(self.count, dtype=np.int64)
-
-    def batch(self, indices: npt.NDArray[np.integer[Any]]) -> Tensor:
-        """Images of these numbers."""
-        return torch.randn(len(indices), *SHAPE, generator=torch.Generator().manual_seed(int(indices[0])))
 
 
 class Meter:
@@ -143,7 +123,7 @@ def measure(config: PruneConfig) -> dict[str, Any]:
 
 
 def _images(count: int) -> ImageSet:
-    return ImageSet(split=NoiseSplit(count), indices=np.arange(count))
+    return ImageSet(split=NoiseSplit(count, SHAPE), indices=np.arange(count))
 
 
 def _calibrate(meter: Meter, network: Network, config: PruneConfig) -> dict[int, Statistics]:
@@ -203,7 +183,7 @@ def _assemble(meter: Meter, network: Network, statistics: dict[int, Statistics],
         job = CandidateJob(
             network=network,
             data=RefitData(
-                split=NoiseSplit(count), indices=np.arange(count),
+                split=NoiseSplit(count, SHAPE), indices=np.arange(count),
                 statistics=answers_only(statistics[count], network), sampling=sampling_plan(config, count),
                 residuals=network.residuals,
             ),
