@@ -32,7 +32,7 @@ class NoiseSplit:
     """Random images (C, H, W) that are made when they are asked for, so that none is held."""
 
     count: int
-    shape: tuple[int, int, int] = SHAPE
+    shape: tuple[int, int, int]
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -56,7 +56,8 @@ def main() -> None:
     config = PruneConfig(calibration_samples=count, threads=threads)
     before = _peak_mib()
     network = analyse(build_model(NETWORK, num_classes=10, input_shape=SHAPE), SHAPE, config)
-    images, runner = ImageSet(split=NoiseSplit(count), indices=np.arange(count)), InProcessRunner(threads=threads)
+    images = ImageSet(split=NoiseSplit(count, SHAPE), indices=np.arange(count))
+    runner = InProcessRunner(threads=threads)
     statistics = calibrate(network, images, config, runner)
     paths = solve(network, statistics, config, runner)
     if stage == "assemble":
