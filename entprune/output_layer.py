@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from entprune.residuals import IDENTITIES
+from entprune.residuals import is_identity
 
 _RIDGE = 1e-3  # of the mean second moment of the features
 _STEPS = 50
@@ -30,7 +30,7 @@ def find_output_layer(graph: fx.Graph, model: nn.Module) -> str | None:
         module = model.get_submodule(str(node.target))
         if isinstance(module, nn.Linear):
             return str(node.target)
-        if not isinstance(module, IDENTITIES):
+        if not is_identity(module):
             return None
         node = node.args[0]
     return None

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from entprune.residuals import IDENTITIES, NORMS, Residual, norm_gain
+from entprune.residuals import NORMS, Residual, is_identity, norm_gain
 
 _RELU_MODULES = (nn.ReLU, nn.ReLU6)
 _RELU_FUNCTIONS = frozenset({F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_"})
@@ -114,7 +114,7 @@ def _follow(node: fx.Node, model: nn.Module, free: Collection[str], *, may_add: 
             norm = str(node.target)
         elif module is None and may_add and not is_sum and len(node.all_input_nodes) == 2:
             is_sum = True  # the only reader of a corrected branch is its addition
-        elif not isinstance(module, IDENTITIES):
+        elif module is None or not is_identity(module):
             return None
     return None
 

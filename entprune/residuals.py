@@ -9,18 +9,18 @@ Axes: m outputs of the layer.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-import torchvision
 from torch import Tensor, fx, nn
 
 from entprune.tracing import called_modules
 
 _SCALE_FLOOR = 0.05  # of the largest: a channel that the normalisation hardly lets through cannot correct anything
 _ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
-IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -83,19 +83,25 @@ def find_residuals(
 def _known_before(end: fx.Node, other: fx.Node, graph: fx.Graph, model: nn.Module) -> fx.Node | None:
     """The summand, if it can be had before the layer runs."""
     position = {node: number for number, node in enumerate(graph.nodes)}
-    while position[other] > position[end] and _is_module(other, model, IDENTITIES):
+    while position[other] > position[end] and _has_module(other, model, is_identity):
         other = other.all_input_nodes[0]  # still held, since the identity reads it later
     if position[other] < position[end]:
         return other
-    is_free = _is_module(other, model, (nn.Module,)) and not list(model.get_submodule(str(other.target)).parameters())
+    is_free = _has_module(other, model, lambda module: not list(module.parameters()))
     if is_free and all(position[used] < position[end] for used in other.all_input_nodes):
         end.prepend(other)
         return other
     return None
 
 
-def _is_module(node: fx.Node, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), kinds)
+def is_identity(module: nn.Module) -> bool:
+    """Whether a module hands its input on in evaluation mode."""
+    vision = sys.modules.get("torchvision.ops")  # a network that needs it has imported it; it takes a second
+    return isinstance(module, _IDENTITIES) or (vision is not None and isinstance(module, vision.StochasticDepth))
+
+
+def _has_module(node: fx.Node, model: nn.Module, fits: Callable[[nn.Module], bool]) -> bool:
+    return node.op == "call_module" and fits(model.get_submodule(str(node.target)))
 
 
 def _last_layer(node: fx.Node, model: nn.Module, once: Collection[str]) -> tuple[fx.Node | None, str | None]:
@@ -107,7 +113,7 @@ def _last_layer(node: fx.Node, model: nn.Module, once: Collection[str]) -> tuple
             return node, norm
         if isinstance(module, NORMS) and norm is None and str(node.target) in once:
             norm = str(node.target)
-        elif not isinstance(module, IDENTITIES):
+        elif not is_identity(module):
             break
         node = node.args[0]
     return None, None
@@ -118,7 +124,8 @@ def find_norms(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in graph.nodes:
         users = list(node.users)
-        if _is_module(node, model, (nn.Conv2d, nn.Linear)) and len(users) == 1 and _is_module(users[0], model, NORMS):
+        is_layer = _has_module(node, model, lambda module: isinstance(module, (nn.Conv2d, nn.Linear)))
+        if is_layer and len(users) == 1 and _has_module(users[0], model, lambda module: isinstance(module, NORMS)):
             found[str(node.target)] = str(users[0].target)
     return found
 

@@ -10,7 +10,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -213,6 +212,7 @@ def prune(
 def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
     if is_verbose:
         os.environ.update({"PREFECT_LOGGING_LEVEL": "INFO", "MLFLOW_LOGGING_LEVEL": "INFO"})
+    from flows.engines import started_engines
     from flows.parameters import parse_parameters
     from flows.preflight import hand_over, preflight
     from flows.progress_bar import RichReporter
@@ -221,18 +221,7 @@ def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
     with RichReporter() as reporter:
         reporter.started("check the input")
         inputs = preflight(parameters)
-        reporter.started("start the workers")  # engines only now: bad input has been refused
-        from flows.workers import memory_need, start_workers
-        from tasks.progress import report_to
-
-        need = memory_need([(inputs, parameters)])
-        with start_workers(parameters, need), hand_over(parameters, inputs), report_to(reporter):
-            from tasks import tracking  # these take their time while the workers come up
-
-            reporter.started("reach the tracking server")
-            with suppress(tracking.TrackingError):  # the run goes on, and says so
-                tracking.check()
-            reporter.started("start the flow engine")
+        with started_engines([(inputs, parameters)], reporter), hand_over(parameters, inputs):
             from flows.prune_model import prune_model
             from flows.server import run_flow
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +46,7 @@ def sweep(
 
 
 def _run(parameters: SweepParameters) -> dict[str, Any]:
+    from flows.engines import started_engines
     from flows.preflight import hand_over
     from flows.progress_bar import RichReporter
     from flows.sweep_inputs import preflight_sweep
@@ -54,19 +54,8 @@ def _run(parameters: SweepParameters) -> dict[str, Any]:
     with RichReporter() as reporter:
         reporter.started("check the input")
         inputs = preflight_sweep(parameters)
-        reporter.started("start the workers")  # engines only now: bad input has been refused
-        from flows.workers import memory_need, start_workers
-        from tasks.progress import report_to
-
         settings = [setting.parameters for setting in parameters.settings()]
-        need = memory_need(zip(inputs, settings, strict=True))
-        with start_workers(settings[0], need), hand_over(parameters, inputs), report_to(reporter):
-            from tasks import tracking  # these take their time while the workers come up
-
-            reporter.started("reach the tracking server")
-            with suppress(tracking.TrackingError):  # the run goes on, and says so
-                tracking.check()
-            reporter.started("start the flow engine")
+        with started_engines(zip(inputs, settings, strict=True), reporter), hand_over(parameters, inputs):
             from flows.server import run_flow
             from flows.sweep import sweep as sweep_flow
 

@@ -71,6 +71,21 @@ def own_server() -> Iterator[None]:
             os.environ["PREFECT_API_URL"] = address
 
 
+@contextmanager
+def begun_server() -> Iterator[Callable[[], None]]:
+    """Begin what :func:`start_server` does, which then waits for it, so that other things can start meanwhile.
+
+    Yields:
+        Waits until Prefect's client is imported: two large packages should not be imported by two threads at once.
+    """
+    global _beginning  # noqa: PLW0603 -- a process has one server
+    _beginning = _Beginning()
+    try:
+        yield _beginning.wait_for_imports
+    finally:
+        _beginning = None
+
+
 def start_server() -> None:
     """Start Prefect's server unless PREFECT_API_URL names one, and require that it answers.
 
@@ -80,29 +95,56 @@ def start_server() -> None:
     Raises:
         EngineError: it does not start or does not answer.
     """
-    problems: list[BaseException] = []
-    starter = threading.Thread(target=copy_context().run, args=(_start, problems), daemon=True)
-    starter.start()
-    starter.join()  # a thread of its own, so that this one can be interrupted meanwhile
-    if problems:
-        raise EngineError(
-            f"Prefect's server does not answer ({_reason(problems[0])}); check PREFECT_API_URL, or unset it to run "
-            "without a server."
-        ) from clean_cause(problems[0])
-
-
-def _start(problems: list[BaseException]) -> None:
-    from prefect.client.orchestration import get_client  # noqa: PLC0415 -- read its settings only now
-
-    if hasattr(signal, "pthread_sigmask"):  # inherited by the processes that this thread starts
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with get_client(sync_client=True) as client:
-            problem = client.api_healthcheck()
-    except Exception as error:  # noqa: BLE001 -- handed to the thread that asked
-        problem = error
+    global _beginning
+    beginning, _beginning = _beginning or _Beginning(), None
+    problem = beginning.wait()
     if problem is not None:
-        problems.append(problem)
+        raise EngineError(
+            f"Prefect's server does not answer ({_reason(problem)}); check PREFECT_API_URL, or unset it to run "
+            "without a server."
+        ) from clean_cause(problem)
+
+
+class _Beginning:
+    """A server that starts in a thread of its own, so that the one that waits for it can be interrupted."""
+
+    def __init__(self) -> None:
+        self._problem: BaseException | None = None
+        self._is_imported = threading.Event()
+        self._thread = threading.Thread(target=copy_context().run, args=(self._start,), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> BaseException | None:
+        self._thread.join()
+        return self._problem
+
+    def wait_for_imports(self) -> None:
+        self._is_imported.wait()
+
+    def _start(self) -> None:
+        try:
+            get_client = _import_client()
+        finally:
+            self._is_imported.set()
+        if hasattr(signal, "pthread_sigmask"):  # inherited by the processes that this thread starts
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with get_client(sync_client=True) as client:
+                self._problem = client.api_healthcheck()
+        except Exception as error:  # noqa: BLE001 -- handed to the thread that asked
+            self._problem = error
+
+
+def _import_client() -> Any:
+    from prefect.client.orchestration import get_client  # noqa: PLC0415 -- read its settings only now
+    from prefect.settings import PREFECT_API_URL  # noqa: PLC0415 -- the same
+
+    if PREFECT_API_URL.value() is None:  # the client imports this later, to start a server of this process's own
+        import prefect.server.api.server  # noqa: F401, PLC0415
+    return get_client
+
+
+_beginning: _Beginning | None = None
 
 
 def _is_lost_server(error: BaseException) -> bool:

@@ -103,6 +103,7 @@ def install_flow(monkeypatch: pytest.MonkeyPatch, behaviour: Callable[[Any], Any
     for name in ("PREFECT_LOGGING_LEVEL", "MLFLOW_LOGGING_LEVEL"):  # --verbose sets them for its whole process
         monkeypatch.setenv(name, "ERROR")
     monkeypatch.setattr("flows.server.start_server", lambda: None)
+    monkeypatch.setattr("flows.server.begun_server", lambda: nullcontext(lambda: None))
     module = ModuleType("flows.prune_model")
     module.prune_model = behaviour  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flows.prune_model", module)

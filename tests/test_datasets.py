@@ -348,3 +348,14 @@ def test_division_follows_the_seed() -> None:
 def test_division_refuses_unusable_sizes(calibration: int, validation: int) -> None:
     with pytest.raises(DataError, match="expected calibration >= 1, validation >= 0"):
         split_training(make_data(np.arange(20) % 2), calibration=calibration, validation=validation, seed=0)
+
+
+@pytest.mark.parametrize("has_own_strides", [False, True])
+def test_images_of_one_channel_are_laid_out_alike_in_every_process(has_own_strides: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 5, 5), dtype=np.uint8)
+    images = pixels[..., None].transpose(0, 3, 1, 2) if has_own_strides else pixels[:, None].copy()
+    split = ArraySplit(images=images, labels=np.zeros(6, np.int64), mean=(0.5,), std=(0.5,))
+    batch = split.batch(np.arange(4))
+    assert batch.stride() == (25, 1, 5, 1)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert np.allclose(batch[:, 0].numpy(), pixels[:4] / 127.5 - 1, atol=1e-6)

@@ -15,7 +15,7 @@ from httpx import ConnectError
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from entprune.errors import DataError, EngineError
-from flows.server import finished, own_server, run_flow, start_server
+from flows.server import begun_server, finished, own_server, run_flow, start_server
 
 
 def test_server_that_does_not_answer_is_one_sentence() -> None:
@@ -109,3 +109,31 @@ def test_own_server_ignores_the_address_that_was_given(monkeypatch: pytest.Monke
             assert PREFECT_API_URL.value() is None
         assert PREFECT_API_URL.value() == "http://127.0.0.1:9/api"
     assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:9/api"
+
+
+# --- a server that starts while other things do -----------------------------------------------------------------------
+
+
+def test_begun_server_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Client:
+        def __enter__(self) -> Self:
+            asked.append(threading.current_thread().name)
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def api_healthcheck(self) -> Exception:
+            return ConnectError("nobody there")
+
+    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: Client())
+    with begun_server() as wait_for_imports:
+        wait_for_imports()
+        with pytest.raises(EngineError, match="nobody there"):
+            start_server()
+        assert len(asked) == 1
+        assert asked[0] != threading.main_thread().name
+    with pytest.raises(EngineError, match="nobody there"):  # asked anew: what was begun is over
+        start_server()
+    assert len(asked) == 2

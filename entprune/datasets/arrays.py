@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torchvision
 
 from entprune.datasets.checks import check_images, check_labels, check_normalisation, check_pairing
 from entprune.datasets.order import balanced_order
@@ -56,6 +55,8 @@ def load_downloaded(
     name: str, root: Path, mean: Sequence[float] | None, std: Sequence[float] | None, download: bool
 ) -> ImageData:
     """Load one of torchvision's data sets of small images."""
+    import torchvision.datasets  # takes more than a second
+
     class_name, usual_mean, usual_std = DOWNLOADED[name]
     factory = getattr(torchvision.datasets, class_name)
     train, test = (_open_downloaded(name, factory, root, is_train, download) for is_train in (True, False))

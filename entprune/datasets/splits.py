@@ -117,9 +117,17 @@ class ImageData:
 
 
 def _normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Subtract the mean and divide by the standard deviation of each channel, in place; (n, c, h, w)."""
+    """Subtract the mean and divide by the standard deviation of each channel, in place; (n, c, h, w).
+
+    Images of one channel are contiguous and channels-last at once. They get the strides of the latter, whatever the
+    array had before it went to another process: torch chooses its convolutions by them, and these are twice as fast.
+    """
     channels = (-1, 1, 1)  # (c,) -> (c, 1, 1)
-    return images.sub_(torch.tensor(mean).view(channels)).div_(torch.tensor(std).view(channels))
+    normalised = images.sub_(torch.tensor(mean).view(channels)).div_(torch.tensor(std).view(channels))
+    count, num_channels, height, width = images.shape
+    if num_channels != 1:
+        return normalised
+    return normalised.reshape(count, height, width, 1).permute(0, 3, 1, 2)
 
 
 def _decode_image(path: Path, image_size: int) -> npt.NDArray[np.uint8]:

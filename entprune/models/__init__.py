@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torchvision
 from torch import nn
 
 from entprune.errors import ModelError
@@ -72,6 +71,8 @@ def _build_builtin(name: str, num_classes: int, input_shape: tuple[int, int, int
 
 
 def _build_torchvision(spec: str, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+    import torchvision.models  # noqa: PLC0415 -- takes more than a second, in each worker too
+
     name = spec.removeprefix("torchvision:")
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:

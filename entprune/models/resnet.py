@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from entprune.errors import ModelError
@@ -134,6 +133,8 @@ def build_cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3) 
 
 def build_resnet18_cifar(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
     """Build torchvision's ResNet-18 with a 3x3 stride-1 stem and no max pooling; 11,173,962 parameters by default."""
+    import torchvision.models  # noqa: PLC0415 -- takes more than a second, in each worker too
+
     model: nn.Module = torchvision.models.resnet18(weights=None, num_classes=num_classes)
     stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
