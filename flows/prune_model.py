@@ -22,6 +22,7 @@ from entprune.plan import PruningPlan
 from entprune.pruning import RunFacts, build_report
 from entprune.storage import staging_directory
 from flows.environment import code_version, store_location
+from flows.flow_names import named_by
 from flows.parameters import PruneParameters
 from flows.preflight import REPORT_NAME, preflight
 from flows.rounds import Pruned, Rounds, prune_in_rounds, prune_once
@@ -65,7 +66,12 @@ class Outcome:
         return self.models.get("fine_tuned", self.models["one_shot"])
 
 
-@flow(name="prune-model", persist_result=False, validate_parameters=True)
+@flow(
+    name="prune-model",
+    flow_run_name=named_by(PruneParameters, run_name),
+    persist_result=False,
+    validate_parameters=True,
+)
 def prune_model(parameters: PruneParameters) -> dict[str, Any]:
     """Prune a network; write, log and register the result.
 

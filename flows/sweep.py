@@ -19,6 +19,7 @@ from entprune.race import Entrant, Finish
 from entprune.report.sweep_page import render_sweep
 from entprune.storage import atomic_write_text, staging_directory
 from flows.environment import store_location
+from flows.flow_names import named_by
 from flows.prune_model import finish, lineage_of, publish
 from flows.rounds import Pruned
 from flows.run_page import show_sweep, shown_progress
@@ -36,7 +37,11 @@ from tasks.store import open_store
 from tasks.workload import Engine, Workload
 
 
-@flow(name="sweep", persist_result=False, validate_parameters=True)
+def _name(parameters: SweepParameters) -> str:
+    return f"sweep of {run_name(parameters.settings()[0].parameters)}"
+
+
+@flow(name="sweep", flow_run_name=named_by(SweepParameters, _name), persist_result=False, validate_parameters=True)
 def sweep(parameters: SweepParameters) -> dict[str, Any]:
     """Search over hyperparameters; write, log and register what came out.
 
@@ -64,11 +69,11 @@ def sweep(parameters: SweepParameters) -> dict[str, Any]:
             runner.progress = clock.advance
             asked = {"base": parameters.base, "swept": list(parameters.swept()), "settings": len(settings)}
             record, lineage = Record(parameters.output), lineage_of(works[0], lead)
-            parent = tracked_run(record, lead.experiment, f"sweep of {run_name(lead)}", lineage, asked)
+            parent = tracked_run(record, lead.experiment, _name(parameters), lineage, asked)
             run = stack.enter_context(parent)
         store = stack.enter_context(open_store(store_location(lead.cache_dir)))
         engine = Engine(runner, store, clock, finetune_threads=lone_worker_threads(cluster))
-        name = f"sweep of {run_name(lead)}"
+        name = _name(parameters)
         with shown_progress(name):
             content = _Sweep(parameters, settings, works, engine, run).run(cluster.workers)
     finished(content)

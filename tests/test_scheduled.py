@@ -1,7 +1,8 @@
 """The whole operation on this machine: PostgreSQL behind both servers, a worker, a schedule that nobody starts by hand,
 and the champion in the hands of a program that has no entprune.
 
-One set of servers, one dense network and one scheduled run serve all tests of this file.
+One set of servers, one dense network and one scheduled run serve all tests of this file. The network is LeNet; it wants
+28x28 pixels, so scikit-learn's digits are blown up.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from entprune.datasets import load_data
+from entprune.datasets import ArraySplit, load_data
 from tests import servers
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOYMENTS = ROOT / "infra/prefect/prefect.yaml"
+DATA, CHECKPOINT = "npz:digits28.npz", "checkpoints/lenet.safetensors"
 SCHEDULED, OTHER = "watch-dense-model/watch-dense", "promote-model/nightly-promotion"
 WAITING, ENDED = ("SCHEDULED", "PENDING", "RUNNING"), ("COMPLETED", "FAILED", "CRASHED")
 
@@ -118,6 +120,17 @@ class Site:
             self.ask(f"deployments/{found['id']}/schedules/{schedule['id']}", {"active": active}, method="PATCH")
 
 
+def write_digits(folder: Path) -> None:
+    """The bundled digits, 8x8 pixels each, as 28x28."""
+    digits, arrays = load_data("digits"), {}
+    for name, split in (("train", digits.train), ("test", digits.test)):
+        assert isinstance(split, ArraySplit)
+        blown_up = np.kron(split.images, np.ones((3, 3), split.images.dtype))
+        arrays[f"x_{name}"] = np.pad(blown_up, ((0, 0), (0, 0), (2, 2), (2, 2)))
+        arrays[f"y_{name}"] = split.labels
+    np.savez(folder / DATA.removeprefix("npz:"), **arrays)
+
+
 def write_deployments(folder: Path) -> None:
     """The real deployments; one of them is due every five seconds, and asks for what surely passes the promotion."""
     content = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))
@@ -126,7 +139,7 @@ def write_deployments(folder: Path) -> None:
             entry["schedules"] = [{"interval": 5, "active": True}]
             prune = entry["parameters"]["parameters"]["prune"]
             del prune["max_accuracy_drop"]  # 449 test images say little about one point
-            prune["parameters_removed"] = 0.6
+            prune |= {"parameters_removed": 0.6, "data": DATA}
     (folder / "prefect.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
@@ -182,9 +195,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             mlflow=MlflowClient(tracking_uri=tracking),
             secrets=(database.password, *passwords.values()),
         )
+        write_digits(folder)
         made.run(
-            "flows.cli", "train", "--model", "digits_cnn", "--data", "digits",
-            "--output", "checkpoints/digits.safetensors", "--register", "digits-dense",
+            "flows.cli", "train", "--model", "lenet", "--data", DATA, "--epochs", "6",
+            "--output", CHECKPOINT, "--register", "digits-dense",
         )  # fmt: skip
         subprocess.run(
             ["/bin/sh", str(ROOT / "infra/prefect/create_pools.sh")], env=environment, check=True, capture_output=True
@@ -232,8 +246,8 @@ def consumer_environment(site: Site, consumer: Path) -> dict[str, str]:
     }
 
 
-def write_images(path: Path) -> None:
-    data = load_data("digits")
+def write_images(site: Site, path: Path) -> None:
+    data = load_data(f"npz:{site.folder / DATA.removeprefix('npz:')}")
     pixels = data.test.batch(np.arange(len(data.test))).numpy() * data.std[0] + data.mean[0]
     np.savez(path, pixels=pixels, labels=data.test.labels)
 
@@ -271,10 +285,10 @@ def test_no_password_is_in_anything_that_was_written(site: Site, champion: Any) 
 
 
 def test_champion_answers_in_an_environment_without_entprune(site: Site, champion: Any, consumer: Path) -> None:
-    write_images(site.folder / "digits.npz")
+    write_images(site, site.folder / "test_images.npz")
     environment = consumer_environment(site, consumer)
     done = subprocess.run(
-        [str(consumer), "-c", CONSUMER, "models:/digits-small@champion", str(site.folder / "digits.npz")],
+        [str(consumer), "-c", CONSUMER, "models:/digits-small@champion", str(site.folder / "test_images.npz")],
         env=environment,
         cwd=consumer.parent,
         capture_output=True,
@@ -315,7 +329,7 @@ def test_second_run_waits_for_the_pool(site: Site, champion: Any) -> None:
 
 def test_served_schedule_prunes_and_ends_with_ctrl_c(site: Site, champion: Any) -> None:
     log = site.folder / "schedule.log"
-    given = ["--model", "digits_cnn", "--checkpoint", "checkpoints/digits.safetensors", "--data", "digits"]
+    given = ["--model", "lenet", "--checkpoint", CHECKPOINT, "--data", DATA]
     given += ["--parameters-removed", "0.6", "--output", "runs/served"]
     command = [sys.executable, "-m", "flows.cli", "schedule", "--cron", "0 2 * * *", "--name", "served", *given]
 

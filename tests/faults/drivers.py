@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.parameters import PruneParameters
-from tests.faults.ground import BEING_STORED, WORKERS, Baseline, Row, note, plan_of, read_report, wait_for
+from tests.faults.ground import BEING_STORED, WORKERS, Row, note, wait_for
 
 _SIGNALS = {signal.SIGKILL: "driver, SIGKILL", signal.SIGINT: "driver, Ctrl-C", signal.SIGTERM: "driver, SIGTERM"}
 _LATE_STAGES = ("certify", "measure", "publish")
@@ -35,12 +35,14 @@ def start_factory() -> ForkServerContext:
 
 
 def drive(values: dict[str, Any], log: str, environment: dict[str, str]) -> None:
-    """Run the flow; everything that happens is one line of the log, written at once."""
+    """Run the flow, a sweep where there is a grid; everything that happens is one line of the log, written at once."""
     os.environ.update(environment)
     import torch
 
     from flows.prune_model import prune_model
     from flows.server import run_flow
+    from flows.sweep import sweep
+    from flows.sweep_parameters import parse_sweep
     from tasks.progress import report_to
 
     torch.set_num_threads(1)
@@ -64,7 +66,10 @@ def drive(values: dict[str, Any], log: str, environment: dict[str, str]) -> None
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}), report_to(Stages()):
-        run_flow(prune_model, PruneParameters.model_validate(values))
+        if "grid" in values:
+            run_flow(sweep, parse_sweep(values))
+        else:
+            run_flow(prune_model, PruneParameters.model_validate(values))
     file.write("complete\n")
 
 
@@ -132,7 +137,7 @@ class Relay:
 
     Args:
         context: from :func:`start_factory`.
-        parameters: of the run, with a store of its own.
+        values: parameters of the run or sweep, with a store of its own, as JSON holds them.
         environment: of the drivers.
         folder: of their logs.
         is_free: whether no worker of a driver is left.
@@ -141,25 +146,24 @@ class Relay:
     def __init__(
         self,
         context: ForkServerContext,
-        parameters: PruneParameters,
+        values: dict[str, Any],
         environment: dict[str, str],
         folder: Path,
         is_free: Callable[[], bool],
     ) -> None:
-        self._context, self._parameters, self._environment = context, parameters, environment
+        self._context, self._values, self._environment = context, values, environment
         self._folder, self._is_free = folder, is_free
         self.logs: list[Log] = []
 
-    def run(self, points: list[KillPoint], baseline: Baseline) -> list[Row]:
-        """Kill a driver at each point; the last one comes through."""
+    def run(self, points: list[KillPoint], is_as_undisturbed: Callable[[], bool]) -> list[Row]:
+        """Kill a driver at each point; the last one comes through, and its result is compared."""
         deaths = [(point, *self._kill_one(point)) for point in points]
         process, log = self._start()
         process.join(300)
         ended = time.monotonic()
         if process.exitcode != 0 or not log.read().is_complete:
             raise AssertionError(f"the last driver ended with {process.exitcode}: {log.lines[-3:]}")
-        report = read_report(self._parameters)
-        is_same = plan_of(report) == baseline.plan and report["one_shot"]["accuracy"] == baseline.accuracy
+        is_same = is_as_undisturbed()
         return [
             Row(
                 point=point.describe(), died=_SIGNALS[point.signal], outcome=outcome, same_plan=is_same,
@@ -174,8 +178,7 @@ class Relay:
 
     def _start(self) -> tuple[Any, Log]:
         path = self._folder / f"driver {len(self.logs)}.log"
-        values = self._parameters.model_dump(mode="json")
-        process = self._context.Process(target=drive, args=(values, str(path), self._environment))
+        process = self._context.Process(target=drive, args=(self._values, str(path), self._environment))
         process.start()
         self.logs.append(Log(path))
         return process, self.logs[-1]
@@ -192,8 +195,8 @@ class Relay:
             raise AssertionError(f"a driver outlived {_SIGNALS[point.signal]} by {_FREED_SECONDS:g} s")
         wait_for(self._is_free, _FREED_SECONDS, "the workers of a dead driver to end")
         log.read()
-        output = self._parameters.output
-        if output.exists() and not (output / "report.json").is_file():
+        output = Path(self._values["output"])
+        if output.exists() and not any((output / name).is_file() for name in ("report.json", "sweep.json")):
             raise AssertionError(f"half of a result lies in {output}")
         done = "it was done already" if log.is_complete else "its actors ended, the next driver went on"
         return log, done, when
