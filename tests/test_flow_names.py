@@ -17,13 +17,19 @@ class FlowRun:
         self.parameters, self.flow_name = parameters, "prune-model"
 
 
-GIVEN = {"model": "lenet", "data": "npz:folder/fruit.npz", "max_accuracy_drop": 1.0}
+GIVEN = {
+    "model": "lenet",
+    "checkpoint": "lenet.pt",
+    "data": "npz:folder/fruit.npz",
+    "max_accuracy_drop": 1.0,
+    "output": "runs/lenet",
+}
 
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        (PruneParameters(**GIVEN), "lenet on fruit.npz"),
+        (PruneParameters.model_validate(GIVEN), "lenet on fruit.npz"),
         (GIVEN, "lenet on fruit.npz"),  # as a deployment holds it
         (GIVEN | {"model": 7}, "prune-model"),
         (GIVEN | {"unknown": 7}, "prune-model"),

@@ -62,7 +62,7 @@ def sweep_values(ground: Ground, name: str, ray_address: str) -> dict[str, Any]:
     base = ground.parameters(name, ray_address=ray_address).model_dump(mode="json", exclude_unset=True)
     output, overrides = base.pop("output"), base.pop("overrides")
     grid = {"loss_exponent": [0.5, 1.0], "parameters_removed": [0.5, 0.7]}
-    del base["max_accuracy_drop"]
+    del base["max_accuracy_drop"], overrides["calibration_shards"]
     return {"base": base | overrides, "grid": grid, "output": output}
 
 
