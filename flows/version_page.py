@@ -42,9 +42,13 @@ def version_tags(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def measured_on(environment: Mapping[str, Any]) -> str:
     """The machine that latencies belong to; those of different machines say nothing about each other."""
-    parts = [environment.get("platform"), environment.get("gpu"), f"{environment.get('cpus')} CPUs"]
-    threads = f"{environment.get('threads')} threads"
-    return ", ".join(str(part) for part in [*parts, threads] if part)
+    counts = [_count(environment.get("cpus"), "CPU"), _count(environment.get("threads"), "thread")]
+    parts = [environment.get("platform"), environment.get("gpu"), *counts]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _count(number: object, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def version_page(content: Mapping[str, Any], name: str) -> str:
@@ -135,7 +139,7 @@ def _use_lines(content: Mapping[str, Any], name: str) -> list[str]:
         "Needs mlflow and torch, neither entprune nor the network's code; nothing in it is pickle.",
         "",
         "```python",
-        "# by alias (@champion once it is promoted, @challenger until then) or by the version's number",
+        "# @champion once it is promoted; until then @challenger, or the version's number",
         f'model = mlflow.pyfunc.load_model("models:/{name}@champion")',
         f"# images: float32 array of shape (n, {channels}, {height}, {width}), any n",
         "logits = model.predict(images)",

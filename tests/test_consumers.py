@@ -247,7 +247,7 @@ def test_tags_hold_what_a_promotion_needs() -> None:
     assert (tags["accuracy"], tags["dense_accuracy"], tags["budget_max_accuracy_drop"]) == (98.9, 99.0, 0.5)
     assert (tags["parameters"], tags["macs"], tags["latency_ms_64"]) == (500, 3000, 9.0)
     assert (tags["data_sha256"], tags["certificate_passed"]) == ("ab12", True)
-    assert tags["measured_on"] == "Linux, 2 CPUs, 1 threads"
+    assert tags["measured_on"] == "Linux, 2 CPUs, 1 thread"
     assert "registered_version" not in tags
 
 
