@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEPLOYMENTS = ROOT / "infra/prefect/prefect.yaml"
 DATA, CHECKPOINT = "npz:digits28.npz", "checkpoints/lenet.safetensors"
 SCHEDULED, OTHER = "watch-dense-model/watch-dense", "promote-model/nightly-promotion"
+NIGHTLY = "prune-model/nightly-pruning"
 WAITING, ENDED = ("SCHEDULED", "PENDING", "RUNNING"), ("COMPLETED", "FAILED", "CRASHED")
 
 REASON = servers.missing_for_postgres() or (
@@ -113,6 +114,10 @@ class Site:
         }
         return self.ask("flow_runs/filter", asked)
 
+    def state_of(self, run: str) -> str:
+        """What has become of a run."""
+        return self.ask(f"flow_runs/{run}", method="GET")["state_type"]
+
     def set_schedules(self, name: str, *, active: bool) -> None:
         """Switch a deployment's schedules on or off."""
         found = self.deployment(name)
@@ -137,6 +142,13 @@ def write_deployments(folder: Path) -> None:
     for entry in content["deployments"]:
         if OTHER.endswith(entry["name"]):
             entry["parameters"]["parameters"]["data"] = DATA
+        if NIGHTLY.endswith(entry["name"]):
+            entry["parameters"]["parameters"] |= {
+                "model": "lenet",
+                "checkpoint": CHECKPOINT,
+                "data": DATA,
+                "cache_dir": "cache",
+            }
         if SCHEDULED.endswith(entry["name"]):
             entry["schedules"] = [{"interval": 5, "active": True}]
             prune = entry["parameters"]["parameters"]["prune"]
@@ -316,11 +328,8 @@ def test_second_run_waits_for_the_pool(site: Site, champion: Any) -> None:
         for name in (SCHEDULED, OTHER)
     ]
 
-    def state_of(run: str) -> str:
-        return site.ask(f"flow_runs/{run}", method="GET")["state_type"]
-
-    servers.wait_until(lambda: all(state_of(run) in ENDED for run in started), "both runs end")
-    assert [state_of(run) for run in started] == ["COMPLETED"] * 2
+    servers.wait_until(lambda: all(site.state_of(run) in ENDED for run in started), "both runs end")
+    assert [site.state_of(run) for run in started] == ["COMPLETED"] * 2
     spans = []
     for run in started:
         history = site.ask(f"flow_run_states/?flow_run_id={run}", method="GET")
@@ -328,6 +337,49 @@ def test_second_run_waits_for_the_pool(site: Site, champion: Any) -> None:
         spans.append((times["RUNNING"], times["COMPLETED"]))
     (_, first_end), (second_start, _) = sorted(spans)
     assert first_end <= second_start
+
+
+def workers_of(site: Site) -> list[str]:
+    """Names of this site's Ray workers."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            name = (process / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+            if name.startswith("ray::") and str(site.folder).encode() in (process / "environ").read_bytes():
+                found.append(name)
+    return found
+
+
+def results_in(cache: Path) -> dict[str, int]:
+    """When each complete result of a store was written, apart from those that are replaced by a whole."""
+    files = [path for path in cache.rglob("*") if path.is_file() and ".partial" not in path.name]
+    names = {path: str(path.relative_to(cache)) for path in files}
+    return {name: path.stat().st_mtime_ns for path, name in names.items() if not name.startswith(("shards", "ranges"))}
+
+
+def test_cancelled_run_frees_its_workers_and_goes_on_when_started_again(site: Site, champion: Any) -> None:
+    def start() -> str:
+        asked = {"state": {"type": "SCHEDULED"}}
+        return site.ask(f"deployments/{site.deployment(NIGHTLY)['id']}/create_flow_run", asked)["id"]
+
+    def has_searched(run: str) -> bool:
+        asked = {"flow_runs": {"id": {"any_": [run]}}, "task_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+        return any(task["name"].startswith("search") for task in site.ask("task_runs/filter", asked))
+
+    first = start()
+    servers.wait_until(lambda: has_searched(first), "the search begins")
+    assert workers_of(site)
+    site.ask(f"flow_runs/{first}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    servers.wait_until(lambda: site.state_of(first) == "CANCELLED", "the run is cancelled")
+    servers.wait_until(lambda: workers_of(site) == [], "its workers end", 60)
+    assert not (site.folder / "runs/nightly").exists()
+    kept = results_in(cache := site.folder / "cache/store")
+    assert any(path.startswith("paths") for path in kept)
+    second = start()
+    servers.wait_until(lambda: site.state_of(second) in ENDED, "the run ends")
+    assert site.state_of(second) == "COMPLETED"
+    assert (site.folder / "runs/nightly/report.json").is_file()
+    assert kept.items() <= results_in(cache).items()  # what the first attempt had stored is not written again
 
 
 def test_served_schedule_prunes_and_ends_with_ctrl_c(site: Site, champion: Any) -> None:
