@@ -38,9 +38,11 @@ from flows.options import (
     image_shape,
     numbers,
 )
+from flows.own_server import begun_server
 
 if TYPE_CHECKING:
     from entprune.stages import Network
+    from flows.parameters import PruneParameters
     from flows.tables import GroupRow
 
 app = typer.Typer(
@@ -212,6 +214,13 @@ def prune(
 def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
     if is_verbose:
         os.environ.update({"PREFECT_LOGGING_LEVEL": "INFO", "MLFLOW_LOGGING_LEVEL": "INFO"})
+    with begun_server():
+        report, parameters = _run_flow(options)
+    _show_result(report, parameters.output, parameters.register)
+    return 0 if report["certificate"]["passed"] else 1
+
+
+def _run_flow(options: dict[str, Any]) -> tuple[dict[str, Any], PruneParameters]:
     from flows.engines import started_engines
     from flows.parameters import parse_parameters
     from flows.preflight import hand_over, preflight
@@ -225,9 +234,7 @@ def _prune(options: dict[str, Any], *, is_verbose: bool) -> int:
             from flows.prune_model import prune_model
             from flows.server import run_flow
 
-            report = run_flow(prune_model, parameters)
-    _show_result(report, parameters.output, parameters.register)
-    return 0 if report["certificate"]["passed"] else 1
+            return run_flow(prune_model, parameters), parameters
 
 
 def _show_result(report: dict[str, Any], output: Path, register: str | None) -> None:

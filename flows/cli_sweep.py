@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows.options import VerboseOption
+from flows.own_server import begun_server
 from flows.recording import unrecorded_lines
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ def sweep(
     """
     if verbose:
         os.environ.update({"PREFECT_LOGGING_LEVEL": "INFO", "MLFLOW_LOGGING_LEVEL": "INFO"})
-    from flows.sweep_parameters import read_sweep
+    with begun_server():
+        from flows.sweep_parameters import read_sweep
 
-    parameters = read_sweep(config, {} if output is None else {"output": output})
-    content = _run(parameters)
+        parameters = read_sweep(config, {} if output is None else {"output": output})
+        content = _run(parameters)
     _show(content, parameters)
     return 0 if content["chosen"]["certificate"]["passed"] else 1
 

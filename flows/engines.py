@@ -1,9 +1,9 @@
-"""The engines of a command's run, started side by side: each takes seconds, and none waits for another."""
+"""What a command's run needs beside Prefect, started side by side: each takes seconds."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def started_engines(runs: Iterable[tuple[Inputs, PruneParameters]], reporter: RichReporter) -> Iterator[None]:
-    """Workers that live as long as this block, the way to MLflow, and Prefect's server, which need not be up yet.
+    """Workers that live as long as this block, and the way to MLflow.
 
     Args:
         runs: dense network and data of each run, and what is asked; the workers are those of the first.
@@ -27,25 +27,21 @@ def started_engines(runs: Iterable[tuple[Inputs, PruneParameters]], reporter: Ri
         EngineError: the cluster does not answer or can never hold the workers, or MLflow's address is none.
     """
     reporter.started("start the workers")
-    from flows.server import begun_server  # noqa: PLC0415 -- engines only now: bad input has been refused
-    from flows.workers import memory_need, start_workers  # noqa: PLC0415 -- the same
+    from flows.workers import memory_need, start_workers  # noqa: PLC0415 -- engines only now: bad input has been refused
     from tasks.progress import report_to  # noqa: PLC0415 -- the same
 
-    asked = list(runs)
-    with begun_server() as wait_for_imports:
-        tracking = _TrackingCheck(after=wait_for_imports)
-        with start_workers(asked[0][1], memory_need(asked)), report_to(reporter):
-            reporter.started("reach the tracking server")
-            tracking.wait()
-            reporter.started("start the flow engine")
-            yield
+    tracking, asked = _TrackingCheck(), list(runs)
+    with start_workers(asked[0][1], memory_need(asked)), report_to(reporter):
+        reporter.started("reach the tracking server")
+        tracking.wait()
+        reporter.started("start the flow engine")
+        yield
 
 
 class _TrackingCheck:
     """Import MLflow and reach its server in a thread: Ray, which must start in the main one, makes that one wait."""
 
-    def __init__(self, after: Callable[[], None]) -> None:
-        self._after = after
+    def __init__(self) -> None:
         self._problem: Exception | None = None
         self._thread = threading.Thread(target=copy_context().run, args=(self._run,), daemon=True)
         self._thread.start()
@@ -56,7 +52,6 @@ class _TrackingCheck:
             raise self._problem
 
     def _run(self) -> None:
-        self._after()
         from tasks import tracking  # noqa: PLC0415 -- an engine
 
         try:

@@ -12,6 +12,7 @@ from contextvars import ContextVar, copy_context
 from typing import Any
 
 from entprune.errors import EngineError
+from flows.own_server import begun
 from tasks.redaction import clean_cause, redact
 
 _logger = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ def run_flow(flow: Callable[[Any], Any], parameters: Any) -> Any:
     results: list[Any] = []
     token = _finished.set(results)
     try:
-        start_server()
-        return flow(parameters)
+        with _ready_server():
+            return flow(parameters)
     except Exception as error:
         if results:
             _logger.warning("the run is complete, but Prefect's server did not hear of it: %s", _reason(error))
@@ -72,18 +73,21 @@ def own_server() -> Iterator[None]:
 
 
 @contextmanager
-def begun_server() -> Iterator[Callable[[], None]]:
-    """Begin what :func:`start_server` does, which then waits for it, so that other things can start meanwhile.
+def _ready_server() -> Iterator[None]:
+    """Have a server that answers: the one that was begun if it came up, else as :func:`start_server` says."""
+    from prefect.settings import (  # noqa: PLC0415 -- read its settings only now
+        PREFECT_API_URL,
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+        temporary_settings,
+    )
 
-    Yields:
-        Waits until Prefect's client is imported: two large packages should not be imported by two threads at once.
-    """
-    global _beginning  # noqa: PLW0603 -- a process has one server
-    _beginning = _Beginning()
-    try:
-        yield _beginning.wait_for_imports
-    finally:
-        _beginning = None
+    own, patience = begun(), PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
+    if own is not None and PREFECT_API_URL.value() is None and own.wait(patience):
+        with temporary_settings({PREFECT_API_URL: own.url}):
+            yield
+    else:
+        start_server()
+        yield
 
 
 def start_server() -> None:
@@ -95,56 +99,29 @@ def start_server() -> None:
     Raises:
         EngineError: it does not start or does not answer.
     """
-    global _beginning
-    beginning, _beginning = _beginning or _Beginning(), None
-    problem = beginning.wait()
-    if problem is not None:
+    problems: list[BaseException] = []
+    starter = threading.Thread(target=copy_context().run, args=(_start, problems), daemon=True)
+    starter.start()
+    starter.join()  # a thread of its own, so that this one can be interrupted meanwhile
+    if problems:
         raise EngineError(
-            f"Prefect's server does not answer ({_reason(problem)}); check PREFECT_API_URL, or unset it to run "
+            f"Prefect's server does not answer ({_reason(problems[0])}); check PREFECT_API_URL, or unset it to run "
             "without a server."
-        ) from clean_cause(problem)
+        ) from clean_cause(problems[0])
 
 
-class _Beginning:
-    """A server that starts in a thread of its own, so that the one that waits for it can be interrupted."""
-
-    def __init__(self) -> None:
-        self._problem: BaseException | None = None
-        self._is_imported = threading.Event()
-        self._thread = threading.Thread(target=copy_context().run, args=(self._start,), daemon=True)
-        self._thread.start()
-
-    def wait(self) -> BaseException | None:
-        self._thread.join()
-        return self._problem
-
-    def wait_for_imports(self) -> None:
-        self._is_imported.wait()
-
-    def _start(self) -> None:
-        try:
-            get_client = _import_client()
-        finally:
-            self._is_imported.set()
-        if hasattr(signal, "pthread_sigmask"):  # inherited by the processes that this thread starts
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            with get_client(sync_client=True) as client:
-                self._problem = client.api_healthcheck()
-        except Exception as error:  # noqa: BLE001 -- handed to the thread that asked
-            self._problem = error
-
-
-def _import_client() -> Any:
+def _start(problems: list[BaseException]) -> None:
     from prefect.client.orchestration import get_client  # noqa: PLC0415 -- read its settings only now
-    from prefect.settings import PREFECT_API_URL  # noqa: PLC0415 -- the same
 
-    if PREFECT_API_URL.value() is None:  # the client imports this later, to start a server of this process's own
-        import prefect.server.api.server  # noqa: F401, PLC0415
-    return get_client
-
-
-_beginning: _Beginning | None = None
+    if hasattr(signal, "pthread_sigmask"):  # inherited by the processes that this thread starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with get_client(sync_client=True) as client:
+            problem = client.api_healthcheck()
+    except Exception as error:  # noqa: BLE001 -- handed to the thread that asked
+        problem = error
+    if problem is not None:
+        problems.append(problem)
 
 
 def _is_lost_server(error: BaseException) -> bool:

@@ -88,6 +88,13 @@ def run_prune(options: dict[str, str | None], *further: str) -> int:
     return run_cli("prune", *given, *further)
 
 
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in this process start no server for a flow that they will not reach."""
+    for module in ("flows.cli", "flows.cli_sweep"):
+        monkeypatch.setattr(f"{module}.begun_server", nullcontext)
+
+
 def assert_one_sentence(error: str, *fragments: str) -> None:
     lines = error.splitlines()
     assert len(lines) == 1, error
@@ -103,7 +110,6 @@ def install_flow(monkeypatch: pytest.MonkeyPatch, behaviour: Callable[[Any], Any
     for name in ("PREFECT_LOGGING_LEVEL", "MLFLOW_LOGGING_LEVEL"):  # --verbose sets them for its whole process
         monkeypatch.setenv(name, "ERROR")
     monkeypatch.setattr("flows.server.start_server", lambda: None)
-    monkeypatch.setattr("flows.server.begun_server", lambda: nullcontext(lambda: None))
     module = ModuleType("flows.prune_model")
     module.prune_model = behaviour  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flows.prune_model", module)

@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 import pytest
 from httpx import ConnectError
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from entprune.errors import DataError, EngineError
-from flows.server import begun_server, finished, own_server, run_flow, start_server
+from flows import own_server as own_server_module
+from flows.server import finished, own_server, run_flow, start_server
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_server_that_does_not_answer_is_one_sentence() -> None:
@@ -111,29 +119,72 @@ def test_own_server_ignores_the_address_that_was_given(monkeypatch: pytest.Monke
     assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:9/api"
 
 
-# --- a server that starts while other things do -----------------------------------------------------------------------
+# --- a server that is begun before anything else ----------------------------------------------------------------------
 
 
-def test_begun_server_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def listens(url: str) -> bool:
+    with socket.socket() as knocking:
+        return knocking.connect_ex((urlsplit(url).hostname, urlsplit(url).port)) == 0
 
-    class Client:
-        def __enter__(self) -> Self:
-            asked.append(threading.current_thread().name)
-            return self
 
-        def __exit__(self, *_: object) -> None: ...
+@pytest.mark.integration
+def test_flow_runs_on_the_server_that_was_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr("flows.server.start_server", lambda: pytest.fail("another server was started"))
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), own_server_module.begun_server():
+        server = own_server_module.begun()
+        assert server is not None
+        assert run_flow(lambda _: PREFECT_API_URL.value(), None) == server.url
+        assert listens(server.url)
+    assert listens(server.url)  # until the process ends
+    server.stop()
+    assert not listens(server.url)
+    server.stop()
 
-        def api_healthcheck(self) -> Exception:
-            return ConnectError("nobody there")
 
-    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: Client())
-    with begun_server() as wait_for_imports:
-        wait_for_imports()
-        with pytest.raises(EngineError, match="nobody there"):
-            start_server()
-        assert len(asked) == 1
-        assert asked[0] != threading.main_thread().name
-    with pytest.raises(EngineError, match="nobody there"):  # asked anew: what was begun is over
-        start_server()
-    assert len(asked) == 2
+def test_server_that_was_not_needed_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with own_server_module.begun_server():
+        server = own_server_module.begun()
+        assert server is not None
+        assert server.is_running()
+    assert not server.is_running()
+    assert own_server_module.begun() is None
+
+
+@pytest.mark.parametrize("named", ["http://127.0.0.1:1/api"])
+def test_no_server_is_begun_where_one_is_named(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", named)
+    with own_server_module.begun_server():
+        assert own_server_module.begun() is None
+
+
+def test_server_named_by_a_profile_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "profiles.toml").write_text(
+        'active = "site"\n[profiles.site]\nPREFECT_API_URL = "http://127.0.0.1:1/api"\n', encoding="utf-8"
+    )
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "profiles.toml"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    server = own_server_module.OwnServer()
+    assert not server.wait(60)  # it ends by itself
+    assert not server.is_running()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_server_ends_with_a_killed_parent() -> None:
+    program = (
+        "import time; from flows.own_server import OwnServer; server = OwnServer(); "
+        "print(server.wait(120), server.url, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert parent.stdout is not None
+    answers, url = parent.stdout.readline().split()
+    assert answers == "True"
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while listens(url) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not listens(url)
