@@ -1,12 +1,14 @@
 """Part `latency`: what a share of the multiply-accumulates buys in milliseconds, at batch 1 and 64.
 
 Widths are those that this project allocates, from few calibration images; the time of a forward pass does not depend
-on the values of the weights, so networks are cut without a refit. Dense and pruned passes alternate: a slow spell of
-the machine meets both.
+on the values of the weights, so networks are cut without a refit. Each network is timed in both memory formats of
+torch, and has the time of the faster one: which that is differs, and a user may choose. All passes alternate: a slow
+spell of the machine meets all.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from entprune.assembly import slice_network
 from entprune.config import Budget
 from entprune.runner import torch_threads
 from entprune.search import allocation_problem, plan_for_widths
+from entprune.training import lay_out
 from infra.benchmark.networks import NETWORKS
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
@@ -29,6 +32,10 @@ BUDGETS = (Budget(parameters_removed=0.8), Budget(macs_removed=0.5))
 CALIBRATION_SAMPLES = 512
 BATCHES = (1, 64)
 PASSES = 15
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Milliseconds = dict[str, dict[str, dict[str, float]]]  # format, network, batch size
+
 _WARM_UP = 3
 
 
@@ -51,25 +58,35 @@ class LatencyMeter:
         problem = allocation_problem(bench.paths, network.cost, bench.config, objective)
         widths = allocate(problem, 1.0 - budget.value)
         smaller = slice_network(network.model, network.groups, plan_for_widths(bench.paths, widths)).eval()
-        dense_ms, small_ms = self._time_in_turns(network.model, smaller)
+        formats = self._time_in_turns({"dense": network.model, "pruned": smaller})
         return {
             "macs": {"dense": network.cost.macs(problem.full()), "pruned": network.cost.macs(widths)},
-            "latency_ms": {"dense": dense_ms, "pruned": small_ms},
+            "latency_ms": {name: _fastest(formats, name) for name in ("dense", "pruned")},
+            "formats_ms": formats,
             "widths": list(widths.values()),
             "passes": PASSES,
             "threads": bench.config.threads,
         }
 
-    def _time_in_turns(self, *models: nn.Module) -> list[dict[str, float]]:
-        """Median milliseconds of each network, by batch size."""
-        found: list[dict[str, float]] = [{} for _ in models]
+    def _time_in_turns(self, models: Mapping[str, nn.Module]) -> Milliseconds:
+        """Medians by format, network and batch size."""
+        found: Milliseconds = {layout: {name: {} for name in models} for layout in FORMATS}
+        variants = {
+            (layout, name): lay_out(copy.deepcopy(model), memory_format)
+            for layout, memory_format in FORMATS.items()
+            for name, model in models.items()
+        }
         for batch in BATCHES:
             images = torch.randn(batch, *self._bench.data.input_shape, generator=torch.Generator().manual_seed(0))
             with torch_threads(self._bench.config.threads):
-                medians = time_in_turns(models, images)
-            for entry, milliseconds in zip(found, medians, strict=True):
-                entry[str(batch)] = milliseconds
+                medians = time_in_turns(list(variants.values()), images)
+            for (layout, name), milliseconds in zip(variants, medians, strict=True):
+                found[layout][name][str(batch)] = milliseconds
         return found
+
+
+def _fastest(formats: Milliseconds, name: str) -> dict[str, float]:
+    return {str(batch): min(times[name][str(batch)] for times in formats.values()) for batch in BATCHES}
 
 
 def time_in_turns(models: Sequence[nn.Module], images: Tensor) -> list[float]:
