@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,8 @@ os.environ.update(
 )
 for _name in ("PREFECT_API_URL", "PREFECT_API_KEY", "RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
     os.environ.pop(_name, None)  # a developer's own servers are not for tests
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell makes what it runs in the background deaf to Ctrl-C,
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and so all programs that the tests start
 
 import random
 from collections.abc import Iterator
