@@ -362,12 +362,12 @@ def test_cancelled_run_frees_its_workers_and_goes_on_when_started_again(site: Si
         asked = {"state": {"type": "SCHEDULED"}}
         return site.ask(f"deployments/{site.deployment(NIGHTLY)['id']}/create_flow_run", asked)["id"]
 
-    def has_searched(run: str) -> bool:
+    def is_searching(run: str) -> bool:
         asked = {"flow_runs": {"id": {"any_": [run]}}, "task_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
         return any(task["name"].startswith("search") for task in site.ask("task_runs/filter", asked))
 
     first = start()
-    servers.wait_until(lambda: has_searched(first), "the search begins")
+    servers.wait_until(lambda: is_searching(first), "the search begins")
     assert workers_of(site)
     site.ask(f"flow_runs/{first}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     servers.wait_until(lambda: site.state_of(first) == "CANCELLED", "the run is cancelled")

@@ -240,7 +240,7 @@ def latency_section(records: Records) -> list[str]:
             ])  # fmt: skip
     note = (
         "Each network in the faster of torch's two memory formats; pruned ones are mostly faster with weights in "
-        "`channels_last`. The last column is for batch 64; one thread unless the command says otherwise.\n"
+        "`channels_last`. The last column is for batch 64.\n"
     )
     return [note, table(head, rows), "", commits_line(records)]
 
