@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, Literal
@@ -10,12 +10,14 @@ from typing import Any, Literal
 from entprune.allocation import Objective
 from entprune.assembly import RefitConfig
 from entprune.errors import ConfigError
+from entprune.evaluation import PRECISIONS, Precision, has_native_bfloat16
 from entprune.path import PathSetting
 from entprune.selection import DROP_ESTIMATES, DropEstimate
 
 _CALIBRATION_SAMPLES, _CALIBRATION_MACS = 1536, 300e6  # of the largest network that gets no more than these
 _VALIDATION_SAMPLES, _VALIDATION_MACS = 4000, 800e6
 _MOST = 4.0  # times as many
+_MUCH_SCORING = 1e12  # multiply-accumulates of one network on all validation images; less is fast enough in float32
 
 BudgetKind = Literal["max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed"]
 _KINDS: tuple[BudgetKind, ...] = ("max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed")
@@ -106,6 +108,9 @@ class PruneConfig:
         relative_ridge, reestimate_batchnorm, rectified_steps, output_temperature: see RefitConfig.
         correct_residuals: let the last layer of a residual branch make up for the error of the stream it is added to.
         drop_estimate: how the drop on new images is estimated: "labels", "posterior" or "blend" (entprune.selection).
+        scoring_precision: in which products the dense network and candidates answer the validation images; None for
+            bfloat16 where that is much work and the device does it natively, else float32. Weights are estimated, and
+            the certificate and the test images computed, in float32 in any case.
         confidence: one-sided probability with which the accuracy budget shall hold on unseen data of the
             validation's kind.
         candidates_per_round, max_rounds, resolution: search; it stops when neighbouring sizes differ by less than
@@ -137,6 +142,7 @@ class PruneConfig:
     output_temperature: float = 2.0
     correct_residuals: bool = True
     drop_estimate: DropEstimate = "posterior"
+    scoring_precision: Precision | None = None
     confidence: float = 0.95
     candidates_per_round: int = 2
     max_rounds: int = 6
@@ -161,8 +167,8 @@ class PruneConfig:
             raise ConfigError(f"minimum_fraction must lie in [0, 1], got {self.minimum_fraction}.")
         if not self.settings:
             raise ConfigError("settings must hold at least one path setting, got none.")
-        if self.drop_estimate not in DROP_ESTIMATES:
-            raise ConfigError(f"drop_estimate must be one of {', '.join(DROP_ESTIMATES)}, got {self.drop_estimate!r}.")
+        _check_choice("drop_estimate", self.drop_estimate, DROP_ESTIMATES)
+        _check_choice("scoring_precision", self.scoring_precision, (None, *PRECISIONS))
         if not 0.5 <= self.confidence < 1.0:
             raise ConfigError(f"confidence must lie in [0.5, 1), got {self.confidence}.")
         self.refit()
@@ -172,7 +178,7 @@ class PruneConfig:
             raise ConfigError(f"seed must not be negative, got {self.seed}.")
 
     def sized_for(self, macs: int) -> PruneConfig:
-        """The same with the numbers of images that were left open, by the cost of the dense network.
+        """The same with the numbers of images and the precision that were left open, by the cost of the dense network.
 
         Small networks get more images, for they cost little and their fully connected layers see one row an image.
         Candidates are smaller still, and are looked at until their verdict is clear: more images to validate on make
@@ -185,11 +191,18 @@ class PruneConfig:
         def more(usual: float) -> float:
             return min(max(usual / max(macs, 1), 1.0), _MOST)
 
+        validation = self.validation_samples or round(_VALIDATION_SAMPLES * more(_VALIDATION_MACS))
         return replace(
             self,
             calibration_samples=self.calibration_samples or round(_CALIBRATION_SAMPLES * more(_CALIBRATION_MACS)),
-            validation_samples=self.validation_samples or round(_VALIDATION_SAMPLES * more(_VALIDATION_MACS)),
+            validation_samples=validation,
+            scoring_precision=self.scoring_precision or self._fast_precision(validation * macs),
         )
+
+    def _fast_precision(self, macs: float) -> Precision:
+        """For so many multiply-accumulates; the device is this machine's, where others only do the work."""
+        is_native = has_native_bfloat16(self.device.partition(":")[0])
+        return "bfloat16" if is_native and macs >= _MUCH_SCORING else "float32"
 
     def refit(self) -> RefitConfig:
         """How assembly re-estimates weights."""
@@ -221,3 +234,8 @@ class PruneConfig:
         if "keep" in values:
             values["keep"] = tuple(values["keep"])
         return replace(cls(), **values)
+
+
+def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from entprune.errors import ConfigError, DataError, ModelError
 
 Indices = npt.NDArray[np.integer[Any]]
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 Progress = Callable[[int, int, str], None]  # steps done, steps in total, what is being done
 
 _NUM_WARM_UP_PASSES = 3
@@ -174,6 +176,35 @@ def predict_logits(
             if progress is not None:
                 progress(start + len(chosen), len(selected), "evaluating images")
     return np.concatenate(parts)
+
+
+def has_native_bfloat16(device_type: str) -> bool:
+    """Tell whether this machine has such a device that multiplies bfloat16 numbers without emulating it."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device_type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@contextmanager
+def placed(model: nn.Module, device: str, precision: Precision = "float32") -> Iterator[nn.Module]:
+    """Lend a network on a device, so that its products are computed in a precision.
+
+    In bfloat16 convolutions are in channels_last, which is faster. Parameters keep their values; the network itself is
+    moved, and its memory layout changes.
+
+    Raises:
+        ConfigError: the device is unusable.
+    """
+    target = resolve_device(device)
+    network = model if locate_model(model) == target else model.to(target)
+    if precision == "float32":
+        yield network
+        return
+    with torch.autocast(target.type, dtype=torch.bfloat16):
+        yield network.to(memory_format=torch.channels_last)
 
 
 def count_parameters(model: nn.Module) -> int:

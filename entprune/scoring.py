@@ -21,7 +21,7 @@ from torch import nn
 
 from entprune.assembly import slice_network
 from entprune.checkpoints import load_plain_state
-from entprune.evaluation import chunks, predict_classes
+from entprune.evaluation import placed
 from entprune.plan import PruningPlan
 from entprune.runner import Runner, Work
 from entprune.selection import StopRule
@@ -29,6 +29,7 @@ from entprune.stages import (
     EVALUATION_BATCH,
     CandidateJob,
     CandidateScore,
+    classify,
     score_candidate,
     shards,
 )
@@ -120,13 +121,8 @@ def validate_range(shared: tuple[CandidateJob, nn.Module], part: tuple[int, int]
     job, model = shared
     if job.validation is None:
         raise ValueError("expected validation images, got none; share the job that has them.")
-    network, indices = copy.deepcopy(model), job.validation.indices[slice(*part)]
-    return np.concatenate(
-        [
-            predict_classes(network, job.validation.split, chosen, len(chosen), job.device)
-            for chosen in chunks(indices, EVALUATION_BATCH, job.chunk)
-        ]
-    )
+    with placed(copy.deepcopy(model), job.device, job.precision) as network:
+        return classify(job, network, job.validation.indices[slice(*part)])
 
 
 class _Validation:

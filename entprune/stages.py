@@ -30,7 +30,7 @@ from entprune.calibration import (
 from entprune.certificate import confirm_groups
 from entprune.config import PruneConfig
 from entprune.errors import DataError, ModelError
-from entprune.evaluation import ImageSplit, chunks, predict_classes, predict_logits
+from entprune.evaluation import ImageSplit, Precision, chunks, placed, predict_classes, predict_logits
 from entprune.groups import ChannelGroup, ChannelGroups, find_groups
 from entprune.moments import RowMoments
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
@@ -369,6 +369,7 @@ class PredictJob:
     images: ImageSet
     device: str
     chunk: int = EVALUATION_BATCH
+    precision: Precision = "float32"
 
     def in_chunks(self, images: int) -> PredictJob:
         """The same in smaller forward passes."""
@@ -377,13 +378,14 @@ class PredictJob:
 
 def logits_range(job: PredictJob, part: Part) -> np.ndarray:
     """Unit: (n, k) logits of a range of images."""
-    model, indices = copy.deepcopy(job.model), job.images.indices[slice(*part)]
-    return np.concatenate(
-        [
-            predict_logits(model, job.images.split, chosen, len(chosen), job.device)
-            for chosen in chunks(indices, EVALUATION_BATCH, job.chunk)
-        ]
-    )
+    indices = job.images.indices[slice(*part)]
+    with placed(copy.deepcopy(job.model), job.device, job.precision) as model:
+        return np.concatenate(
+            [
+                predict_logits(model, job.images.split, chosen, len(chosen), job.device)
+                for chosen in chunks(indices, EVALUATION_BATCH, job.chunk)
+            ]
+        )
 
 
 def predict(
@@ -393,16 +395,18 @@ def predict(
     runner: Runner,
     *,
     stage: str,
+    precision: Precision = "float32",
     known: Callable[[Part], np.ndarray | None] = lambda _: None,
     on_result: Callable[[Part, np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """(n, k) float32 logits of a network on some images, computed in fixed ranges.
 
     Args:
+        precision: of the products; images on which candidates are compared are predicted in the settings'.
         known: logits of a range from an earlier run on the same inputs.
         on_result: called with each new range's as they come in.
     """
-    job = runner.share(PredictJob(model=model, images=images, device=config.device))
+    job = runner.share(PredictJob(model=model, images=images, device=config.device, precision=precision))
     parts = shards(len(images), prediction_units(len(images), runner.workers), EVALUATION_BATCH)
     found: dict[int, np.ndarray] = {}
     try:
@@ -455,6 +459,7 @@ class CandidateJob:
         validation: held-out images, None where nothing is selected on them.
         reference: the dense network's answers on them.
         stop: decides after each chunk whether the drop is known well enough.
+        precision: in which candidates are scored, as the dense network was.
     """
 
     network: Network
@@ -465,6 +470,7 @@ class CandidateJob:
     stop: StopRule
     device: str
     chunk: int = EVALUATION_BATCH
+    precision: Precision = "float32"
 
     def in_chunks(self, images: int) -> CandidateJob:
         """The same in smaller forward passes, and without holding the rows of a layer while it is refit."""
@@ -490,18 +496,34 @@ def score_candidate(job: CandidateJob, plan: PruningPlan) -> CandidateScore:
         job.network.model, job.network.groups, plan,
         data=job.data, config=job.refit, graph=job.network.graph, device=job.device,
     )  # fmt: skip
+    return CandidateScore(state=state_arrays(smaller), predicted=_score(job, smaller))
+
+
+def _score(job: CandidateJob, smaller: nn.Module) -> np.ndarray:
+    """(j,) classes of the first validation images, as many as the stop rule wants."""
     predicted = np.zeros(0, dtype=np.int64)
-    images, reference = job.validation, job.reference
-    while images is not None and reference is not None and len(predicted) < len(images):
-        part = images.indices[len(predicted) : len(predicted) + job.stop.chunk]
-        answers = [
-            predict_classes(smaller, images.split, chosen, len(chosen), job.device)
-            for chosen in chunks(part, EVALUATION_BATCH, job.chunk)
+    if job.validation is None or job.reference is None:
+        return predicted
+    with placed(smaller, job.device, job.precision) as network:
+        while len(predicted) < len(job.validation):
+            part = job.validation.indices[len(predicted) : len(predicted) + job.stop.chunk]
+            predicted = np.concatenate([predicted, classify(job, network, part)])
+            if job.stop.is_decided(job.reference.drops(predicted)):
+                break
+    return predicted
+
+
+def classify(job: CandidateJob, network: nn.Module, indices: np.ndarray) -> np.ndarray:
+    """(n,) classes that a placed network chooses for some images of the validation split."""
+    if job.validation is None:
+        raise ValueError("expected validation images, got none; share the job that has them.")
+    split = job.validation.split
+    return np.concatenate(
+        [
+            predict_classes(network, split, chosen, len(chosen), job.device)
+            for chosen in chunks(indices, EVALUATION_BATCH, job.chunk)
         ]
-        predicted = np.concatenate([predicted, *answers])
-        if job.stop.is_decided(reference.drops(predicted)):
-            break
-    return CandidateScore(state=state_arrays(smaller), predicted=predicted)
+    )
 
 
 def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:

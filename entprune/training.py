@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from entprune.datasets import ImageData, ImageSplit
 from entprune.errors import ConfigError, DataError
-from entprune.evaluation import Progress, accuracy, locate_model, resolve_device
+from entprune.evaluation import Progress, accuracy, has_native_bfloat16, locate_model, resolve_device
 from entprune.resumption import TrainingState, capture_arrays, restore_arrays
 
 # (logits, augmented images, labels) of one batch -> loss
@@ -254,16 +254,6 @@ def one_cycle(step: int, total_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed)))
 
 
-def has_native_bfloat16(device: torch.device) -> bool:
-    """Tell whether the device multiplies bfloat16 numbers without emulating it."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def require(condition: bool, expectation: str) -> None:
     """Check a setting; the expectation reads "epochs >= 1, got 0".
 
@@ -288,7 +278,7 @@ class _Loop:
     ) -> None:
         self.model, self.split, self.loss_function = model, split, loss_function
         self.config, self.device, self.total_steps = config, device, total_steps
-        self.is_mixed = has_native_bfloat16(device) if config.amp is None else config.amp
+        self.is_mixed = has_native_bfloat16(device.type) if config.amp is None else config.amp
         self.memory_format = torch.contiguous_format
         self.optimiser = _make_optimiser(model, config)
         self.generator = torch.Generator().manual_seed(config.seed)

@@ -16,6 +16,7 @@ from torch import nn
 
 from entprune.config import PruneConfig
 from entprune.datasets import ImageData
+from entprune.evaluation import Precision
 from entprune.finetune import FinetuneConfig
 from entprune.groups import ChannelGroup
 from entprune.path import PathSetting
@@ -74,8 +75,8 @@ class StageKeys:
     def candidate(self, plan: PruningPlan) -> str:
         """One assembled network with its predictions; the budget does not matter."""
         refit = {**asdict(self.config.refit()), **self._residuals()}
-        inputs = {**self._statistics(), "plan": plan.digest(), "refit": refit, "validation": self.validation}
-        return content_key("candidates", inputs)
+        scored = {"validation": self.validation, "precision": self.config.scoring_precision or "float32"}
+        return content_key("candidates", {**self._statistics(), "plan": plan.digest(), "refit": refit, **scored})
 
     def latency(self, plan: PruningPlan, batch_size: int) -> str:
         """Time that a plan's network takes, which depends on the machine."""
@@ -83,9 +84,10 @@ class StageKeys:
         inputs = {"network": self.network, "plan": plan.digest(), "batch_size": batch_size, "machine": machine}
         return content_key("latencies", {**inputs, "threads": self.config.threads})
 
-    def logits(self, model: nn.Module, images: str) -> str:
-        """Which images a network classifies correctly."""
-        return content_key("logits", {**self._numerics(), "network": hash_network(model), "images": images})
+    def logits(self, model: nn.Module, images: str, precision: Precision = "float32") -> str:
+        """What a network answers to some images."""
+        inputs = {"network": hash_network(model), "images": images, "precision": precision}
+        return content_key("logits", {**self._numerics(), **inputs})
 
     def logits_range(self, logits: str, part: Part) -> str:
         """A range of the logits of that key."""

@@ -18,7 +18,7 @@ from entprune.calibration import LayerStatistics, Statistics, num_bytes
 from entprune.certificate import Certificate
 from entprune.config import Budget, PruneConfig
 from entprune.errors import CertificateError
-from entprune.evaluation import Measurement, count_macs, count_parameters, measure_latency
+from entprune.evaluation import Measurement, Precision, count_macs, count_parameters, measure_latency
 from entprune.latency import measure_kept_latency
 from entprune.path import SettingPath, SparsityPath
 from entprune.plan import PruningPlan
@@ -195,7 +195,8 @@ def search(
 def reference_of(work: Workload, engine: Engine) -> DenseReference:
     """The dense network's answers on the validation images."""
     model, key = work.network.model, work.keys.validation
-    logits = logits_of(work, engine, model, work.validation, key, step="validate dense")
+    precision = work.config.scoring_precision or "float32"
+    logits = logits_of(work, engine, model, work.validation, key, step="validate dense", precision=precision)
     return dense_reference(logits, work.validation, work.config)
 
 
@@ -237,6 +238,7 @@ def candidate_job(work: Workload, statistics: Statistics, reference: DenseRefere
         reference=reference,
         stop=StopRule(max_drop=work.budget.max_accuracy_drop, quantile=config.quantile),
         device=config.device,
+        precision=config.scoring_precision or "float32",
     )
 
 
@@ -263,10 +265,18 @@ def recall_score(job: CandidateJob, store: Store, key: str) -> CandidateScore | 
 
 
 def logits_of(
-    work: Workload, engine: Engine, model: nn.Module, images: ImageSet, images_key: str, *, step: str
+    work: Workload,
+    engine: Engine,
+    model: nn.Module,
+    images: ImageSet,
+    images_key: str,
+    *,
+    step: str,
+    precision: Precision = "float32",
 ) -> np.ndarray:
     """(n, k) logits of a network on some images."""
-    store, key, parts = engine.store, work.keys.logits(model, images_key), set[Part]()
+    store, key, parts = engine.store, work.keys.logits(model, images_key, precision), set[Part]()
+    predicted = partial(predict, model, images, work.config, engine.runner, stage=step, precision=precision)
 
     def load_logits(path: Path) -> np.ndarray:
         return read_bundle(path)[0]["logits"]
@@ -284,7 +294,7 @@ def logits_of(
     logits = store.remember(
         "logits",
         key,
-        lambda: predict(model, images, work.config, engine.runner, stage=step, known=recall, on_result=keep),
+        lambda: predicted(known=recall, on_result=keep),
         load=load_logits,
         save=save_logits,
     )

@@ -148,6 +148,9 @@ def test_parts_measure_what_they_say(measured: Path) -> None:
     assert values["prune_seconds"] == pytest.approx(sum(values["stages_seconds"].values()), abs=0.01)
     fastest = min(values["epoch_seconds"].values())
     assert values["ratio"] == pytest.approx(sum(values["stages_seconds"].values()) / fastest)
+    for name, seconds in values["epoch_seconds"].items():
+        both = values["epoch_seconds_before"][name], values["epoch_seconds_after"][name]
+        assert seconds == pytest.approx(sum(both) / 2)
     assert values["bfloat16_is_native"] == (set(values["epoch_seconds"]) == {"bfloat16"})
     values = latencies["cells"][0]["values"]
     assert values["macs"]["pruned"] < values["macs"]["dense"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,6 +71,22 @@ def test_statistics_of_chunks_have_the_bits_of_whole_batches(network: Network, i
 def test_logits_of_chunks_have_the_bits_of_whole_batches(network: Network, images: ImageSet, chunk: int) -> None:
     job = PredictJob(model=network.model, images=images, device="cpu")
     np.testing.assert_array_equal(logits_range(job.in_chunks(chunk), (0, 150)), logits_range(job, (0, 150)))
+
+
+@pytest.mark.parametrize("chunk", [64, 16])
+def test_bfloat16_answers_nearly_the_same_and_leaves_the_network_as_it_was(
+    network: Network, images: ImageSet, chunk: int
+) -> None:
+    before = {name: value.clone() for name, value in network.model.state_dict().items()}
+    exact = logits_range(PredictJob(model=network.model, images=images, device="cpu"), (0, 150))
+    job = PredictJob(model=network.model, images=images, device="cpu", precision="bfloat16")
+    rounded = logits_range(job.in_chunks(chunk), (0, 150))
+    assert rounded.dtype == np.float32
+    assert not np.array_equal(rounded, exact)
+    np.testing.assert_allclose(rounded, exact, atol=0.05 * np.abs(exact).max())
+    for name, value in network.model.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.is_contiguous()
 
 
 def test_candidate_in_chunks_is_the_same_network(network: Network, images: ImageSet) -> None:

@@ -394,3 +394,20 @@ def test_small_networks_are_given_more_images(macs: int, calibration: int, valid
     assert (sized.calibration_samples, sized.validation_samples) == (calibration, validation)
     assert sized.sized_for(1) == sized
     assert PruneConfig(calibration_samples=7).sized_for(macs).calibration_samples == 7
+
+
+@pytest.mark.parametrize(
+    ("macs", "is_native", "expected"),
+    [(2_293_000, True, "float32"), (313_000_000, True, "bfloat16"), (313_000_000, False, "float32")],
+)
+def test_much_scoring_is_done_in_bfloat16_where_it_is_native(
+    monkeypatch: pytest.MonkeyPatch, macs: int, is_native: bool, expected: str
+) -> None:
+    monkeypatch.setattr("entprune.config.has_native_bfloat16", lambda _: is_native)
+    assert PruneConfig().sized_for(macs).scoring_precision == expected
+    assert PruneConfig(scoring_precision="float32").sized_for(macs).scoring_precision == "float32"
+
+
+def test_unknown_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="scoring_precision must be one of None, float32, bfloat16, got 'float16'"):
+        PruneConfig.from_dict({"scoring_precision": "float16"})

@@ -14,8 +14,9 @@ from torch import nn
 
 from entprune.datasets import ArraySplit, ImageData, load_data
 from entprune.errors import ConfigError, DataError
+from entprune.evaluation import has_native_bfloat16
 from entprune.models import build_model
-from entprune.training import TrainConfig, augment, fit, has_native_bfloat16, one_cycle, train
+from entprune.training import TrainConfig, augment, fit, one_cycle, train
 
 
 def make_data(num_images: int = 40) -> ImageData:
@@ -163,8 +164,8 @@ def test_bfloat16_is_used_only_where_it_is_native(
     monkeypatch: pytest.MonkeyPatch, capability: str, is_native: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    assert has_native_bfloat16(torch.device("cpu")) is is_native
-    assert not has_native_bfloat16(torch.device("meta"))
+    assert has_native_bfloat16("cpu") is is_native
+    assert not has_native_bfloat16("meta")
 
 
 def test_divergence_is_an_error() -> None:

@@ -1,7 +1,8 @@
 """Part `epoch`: a whole one-shot prune against one training epoch of the same network, same machine, same run.
 
-The epoch is timed on a few steps of this project's own training loop and scaled to the steps of a whole one. Where the
-processor only emulates bfloat16, float32 is timed too: the faster of the two is what a user would train in.
+The epoch is timed on some steps of this project's own training loop, half of them before the pruning and half after it,
+for a machine's speed wanders, and scaled to the steps of a whole one. Where the processor only emulates bfloat16,
+float32 is timed too: the faster of the two is what a user would train in.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from entprune.evaluation import has_native_bfloat16
 from entprune.runner import torch_threads
-from entprune.training import TrainConfig, fit, has_native_bfloat16
+from entprune.training import TrainConfig, fit
 from infra.benchmark.budgets import prune_within
 from infra.benchmark.networks import NETWORKS, Bench
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
 
-WARM_UP, STEPS = 3, 12
+WARM_UP, STEPS = 3, 20  # before the pruning, and again after it
 _POINTS = 0.5
 _NOT_PRUNING = ("measure", "total")  # test accuracy and latency are a report's, not a pruning's
 
@@ -40,17 +42,21 @@ class EpochMeter:
 
     def measure(self, subject: Subject, key: Key) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
         """Seconds of both and their ratio."""
-        is_native = has_native_bfloat16(torch.device(self._bench.config.device))
+        is_native = has_native_bfloat16(torch.device(self._bench.config.device).type)
         formats = {"bfloat16": True} if is_native else {"bfloat16": True, "float32": False}
-        epochs = {name: epoch_seconds(self._bench, amp=amp) for name, amp in formats.items()}
+        before = {name: epoch_seconds(self._bench, amp=amp) for name, amp in formats.items()}
         report = prune_within(self._bench, key["max_accuracy_drop"], is_tested=False).report
         stages = {name: value for name, value in report["timings_seconds"].items() if name not in _NOT_PRUNING}
         pruning = sum(stages.values())
+        after = {name: epoch_seconds(self._bench, amp=amp) for name, amp in formats.items()}
+        epochs = {name: (before[name] + after[name]) / 2 for name in formats}
         return {
             "prune_seconds": round(pruning, 2),
             "stages_seconds": stages,
             "candidates": len(report["candidates"]),
             "epoch_seconds": epochs,
+            "epoch_seconds_before": before,
+            "epoch_seconds_after": after,
             "bfloat16_is_native": is_native,
             "ratio": pruning / min(epochs.values()),
             "steps_timed": STEPS,

@@ -208,15 +208,20 @@ def epoch_section(records: Records) -> list[str]:
     rows = []
     for record in records:
         for values in (cell["values"] for cell in record["cells"]):
-            epochs = ", ".join(f"{seconds:.1f} ({name})" for name, seconds in values["epoch_seconds"].items())
+            epochs = ", ".join(
+                f"{seconds:.0f} ({name}; {values['epoch_seconds_before'][name]:.0f} before, "
+                f"{values['epoch_seconds_after'][name]:.0f} after)"
+                for name, seconds in values["epoch_seconds"].items()
+            )
             rows.append([
                 record["network"], f"{values['prune_seconds']:.1f}", epochs, f"{values['ratio']:.2f}",
                 str(values["candidates"]), str(values["threads"]),
             ])  # fmt: skip
     first = records[0]["cells"][0]["values"]
     note = (
-        f"An epoch is {first['steps_timed']} timed steps of this project's training loop after a warm-up, scaled to "
-        f"all of them; this machine computes bfloat16 {'natively' if first['bfloat16_is_native'] else 'by emulation'}. "
+        f"An epoch is {first['steps_timed']} timed steps of this project's training loop before the pruning and as "
+        "many after it, both after a warm-up, scaled to all of them; this machine computes bfloat16 "
+        f"{'natively' if first['bfloat16_is_native'] else 'by emulation'}. "
         "Pruning is analyse, calibrate, solve, search with its assemblies, and certify, by the accuracy budget of 0.5 "
         "points; the ratio is to the faster format.\n"
     )
