@@ -55,9 +55,11 @@ def test_each_variant_changes_what_its_name_says_and_nothing_else() -> None:
         "no BatchNorm re-estimation": {"reestimate_batchnorm": False},
         "no residual correction": {"correct_residuals": False},
         "no refit at all": {},
+        "swaps after the envelope": {},
     }
     assert not any(found[name] for name in alone)
     assert [variant.name for variant in ablation.VARIANTS if not variant.is_refit] == ["no refit at all"]
+    assert [variant.name for variant in ablation.VARIANTS if variant.is_swapped] == ["swaps after the envelope"]
 
 
 @pytest.mark.parametrize("network", list(ablation.BUDGETS))

@@ -15,7 +15,7 @@ from entprune.allocation import AllocationProblem, CostModel, LayerCost, build_c
 from entprune.errors import ConfigError
 from entprune.groups import ChannelGroups, find_groups
 from entprune.models import build_model
-from entprune.regression import ConsumerProblem, GroupProblem
+from entprune.regression import ConsumerProblem, GroupProblem, build_problem
 from entprune.stages import ImageSet
 from tests.regression_problems import random_problem, refit_error
 
@@ -28,6 +28,7 @@ from infra.benchmark.lasso import LassoPath, contribution_matrix
 from infra.benchmark.networks import NETWORKS
 from infra.benchmark.records import Record, Subject, all_records
 from infra.benchmark.selectors import Ranking, select_plan, uniform_widths
+from infra.benchmark.swaps import swap
 from tests.micro_networks import random_split
 
 
@@ -113,6 +114,29 @@ def with_duplicate(problem: GroupProblem, first: int, second: int) -> GroupProbl
 def test_block_obs_drops_one_of_two_equal_channels_first() -> None:
     problem = with_duplicate(random_problem(7, (2,), seed=3), first=1, second=5)
     assert int(elimination_order(problem)[-1]) in {1, 5}
+
+
+@pytest.mark.parametrize("blocks", [(1,), (4,), (2, 3)])
+def test_swaps_end_where_no_exchange_of_the_best_newcomer_helps(blocks: tuple[int, ...]) -> None:
+    problem = random_problem(8, blocks, seed=3)
+    start = (0, 1, 2)
+    kept, count = swap(problem, start)
+    assert len(kept) == 3
+    assert (count > 0) == (kept != start)
+    assert refit_error(problem, list(kept)) <= refit_error(problem, list(start)) + 1e-6
+    newcomers = {channel: refit_error(problem, [*kept, channel]) for channel in range(8) if channel not in kept}
+    best = min(newcomers, key=lambda channel: newcomers[channel])
+    exchanged = [[channel for channel in kept if channel != gone] + [best] for gone in kept]
+    assert min(refit_error(problem, other) for other in exchanged) >= refit_error(problem, list(kept)) - 1e-6
+    assert swap(problem, kept) == (kept, 0)
+
+
+def test_swaps_find_the_pair_that_backward_elimination_lost() -> None:
+    rows = np.random.default_rng(0).normal(size=(4000, 2)) @ np.array([[1.0, 0.0, 0.7], [0.0, 1.0, 0.7]])
+    rows[:, 2] += 0.01 * np.random.default_rng(1).normal(size=4000)
+    problem = build_problem("g", 3, {"a": (np.cov(rows.T), np.array([[1.0, 1.0, 0.1]]), np.arange(3)[:, None])})
+    kept, count = swap(problem, (0,))
+    assert (kept, count) == ((2,), 1)
 
 
 def test_lasso_reads_the_contributions_of_all_consumers() -> None:

@@ -28,12 +28,13 @@ from entprune.plan import PruningPlan
 from entprune.runner import InProcessRunner
 from entprune.search import allocation_problem, plan_for_widths
 from entprune.selection import NO_CLASS
-from entprune.stages import SolveKey, dense_reference, predict, score_candidate, solve
+from entprune.stages import SolveKey, dense_reference, group_problem, predict, score_candidate, solve
 from infra.benchmark.networks import Bench
 from infra.benchmark.outcomes import pack_outcomes
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
 from infra.benchmark.selection import budget_label
+from infra.benchmark.swaps import swap
 
 BUDGETS: dict[str, tuple[Budget, ...]] = {
     "lenet": (Budget(parameters_removed=0.94), Budget(parameters_removed=0.96)),
@@ -54,12 +55,14 @@ class Variant:
         family: what is changed.
         changes: settings that differ from the defaults.
         is_refit: without it the chosen channels are cut out and nothing else is done.
+        is_swapped: each group's set is refined by exchanges at its width (:mod:`infra.benchmark.swaps`).
     """
 
     name: str
     family: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     is_refit: bool = True
+    is_swapped: bool = False
 
     def config(self, defaults: PruneConfig) -> PruneConfig:
         """Settings of the variant."""
@@ -69,7 +72,8 @@ class Variant:
         """The changes as plain values for JSON."""
         settings = self.changes.get("settings", ())
         plain = {"settings": [setting.to_dict() for setting in settings]} if settings else {}
-        return {**self.changes, **plain, **({} if self.is_refit else {"refit": False})}
+        steps = ({} if self.is_refit else {"refit": False}) | ({"swaps": True} if self.is_swapped else {})
+        return {**self.changes, **plain, **steps}
 
 
 def _alone(name: str, family: str, **changes: Any) -> Variant:
@@ -89,6 +93,7 @@ VARIANTS: tuple[Variant, ...] = (
     _alone("entropy +1", _SETS, entropy_weight=1.0),
     _alone("entropy +3", _SETS, entropy_weight=3.0),
     _alone("elimination alone", _SETS, method="elimination"),
+    Variant(name="swaps after the envelope", family=_SETS, is_swapped=True),
     _alone("growth 1.5", _SCHEDULE, entropy_weight=1.0, l2_growth=1.5),
     _alone("growth 4", _SCHEDULE, entropy_weight=1.0, l2_growth=4.0),
     _alone("drop threshold 0.1", _SCHEDULE, entropy_weight=1.0, drop_threshold=0.1),
@@ -195,7 +200,11 @@ class AblationMeter:
         paths = solved.paths(config)
         objective, kept = _target(key["budget"])
         widths = allocate(allocation_problem(paths, solved.bench.network.cost, config, objective), kept)
-        plan = plan_for_widths(paths, widths)
+        plan, exchanges, seconds = plan_for_widths(paths, widths), None, solved.seconds(config)
+        if variant.is_swapped:
+            start = time.process_time()
+            plan, exchanges = swapped_plan(solved.bench, plan)
+            seconds += time.process_time() - start
         _ = solved.bench.job  # so that its seconds are not those of the assembly
         start = time.process_time()
         model = build(solved.bench, plan, config, is_refit=variant.is_refit)
@@ -205,12 +214,13 @@ class AblationMeter:
             **self._validate(model),
             "accuracy": 100.0 * float(outcomes.mean()),
             "wrong": pack_outcomes(~outcomes),
-            "solve_seconds": round(solved.seconds(config), 3),
+            "solve_seconds": round(seconds, 3),
             "assembly_seconds": round(assembly_seconds, 3) if variant.is_refit else None,
             **self._size(widths),
             "widths": list(widths.values()),
             "plan_sha256": plan.digest(),
             "changes": variant.described(),
+            **({} if exchanges is None else {"exchanges": exchanges}),
         }
 
     def _solved_for(self, config: PruneConfig) -> SolvedPaths:
@@ -243,6 +253,15 @@ def _target(label: str) -> tuple[Objective, float]:
     """What a budget counts and the fraction of it that is kept, from "parameters_removed-0.94"."""
     kind, _, value = label.partition("-")
     return ("parameters" if kind == "parameters_removed" else "macs"), 1.0 - float(value)
+
+
+def swapped_plan(bench: Bench, plan: PruningPlan) -> tuple[PruningPlan, dict[str, int]]:
+    """The plan with each group's set refined by exchanges, and how many there were."""
+    groups, exchanges = [], {}
+    for group, entry in zip(bench.network.groups.groups, plan.groups, strict=True):
+        kept, exchanges[entry.name] = swap(group_problem(bench.network, group, bench.statistics), entry.kept_channels)
+        groups.append(replace(entry, kept_channels=kept))
+    return PruningPlan(groups=tuple(groups)), exchanges
 
 
 def build(bench: Bench, plan: PruningPlan, config: PruneConfig, *, is_refit: bool) -> nn.Module:
