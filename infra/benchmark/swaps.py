@@ -1,8 +1,9 @@
 """Swap refinement of a kept set: channels are exchanged one for one while that lowers the refit error.
 
-The channel outside the set that would explain most of what the set leaves unexplained comes in; then the one of the
-larger set that is missed least goes. With K the kept features, C those of a channel outside and R = T_C - G_CK Q_K what
-the fit leaves of its cross moments, the channel would explain tr[R^T S^-1 R], S = G_CC - G_CK G_KK^-1 G_KC.
+The channels outside the set that would explain most of what the set leaves unexplained are tried in turn: one comes in,
+then the one of the larger set that is missed least goes; the best of these exchanges is made. With K the kept features,
+C those of a channel outside and R = T_C - G_CK Q_K what the fit leaves of its cross moments, the channel would explain
+tr[R^T S^-1 R], S = G_CC - G_CK G_KK^-1 G_KC.
 
 Axes: d features, m outputs, c channels, b features per channel, k kept channels, o others.
 """
@@ -18,6 +19,7 @@ from entprune.regression import GroupProblem
 from entprune.ridge import cholesky_with_ridge
 from infra.benchmark.block_obs import gram_matrix
 
+_NEWCOMERS = 8  # tried for each exchange
 _LEAST_GAIN = 1e-6  # of the error: less is rounding
 
 
@@ -37,15 +39,20 @@ def swap(problem: GroupProblem, kept: Sequence[int]) -> tuple[tuple[int, ...], i
     while len(present) < problem.num_channels and count <= problem.num_channels:
         others = [channel for channel in range(problem.num_channels) if channel not in set(present)]
         gains = torch.stack([fit.gains(*_features(problem, index, present, others)) for index, fit in enumerate(fits)])
-        larger = sorted([*present, others[int(gains.sum(0).argmax())]])
-        without = [[channel for channel in larger if channel != gone] for gone in larger]
-        losses = _losses(fits, larger, problem)
-        following = without[int(losses.argmin())]
-        lower = _error(fits, following, problem)
+        best = gains.sum(0).argsort(descending=True)[:_NEWCOMERS].tolist()
+        tried = [_exchange(fits, present, others[newcomer], problem) for newcomer in best]
+        lower, following = min((_error(fits, channels, problem), channels) for channels in tried)
         if not lower < error * (1.0 - _LEAST_GAIN):
             break
         present, error, count = following, lower, count + 1
     return tuple(present), count
+
+
+def _exchange(fits: Sequence[_Fit], present: Sequence[int], newcomer: int, problem: GroupProblem) -> list[int]:
+    """The set with the newcomer and without the channel that is then missed least, itself perhaps."""
+    larger = sorted([*present, newcomer])
+    gone = int(_losses(fits, larger, problem).argmin())
+    return [channel for number, channel in enumerate(larger) if number != gone]
 
 
 def _features(problem: GroupProblem, index: int, *sets: Sequence[int]) -> list[Tensor]:
