@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from entprune.allocation import Objective
 from entprune.artifact import ModelCard
 from entprune.assembly import RefitData, slice_network
+from entprune.candidates import CandidateJob, answers_only
 from entprune.certificate import Certificate, certify
 from entprune.checkpoints import load_plain_state
 from entprune.config import Budget, BudgetKind, PruneConfig
@@ -27,25 +28,14 @@ from entprune.evaluation import ImageSplit, Measurement, count_macs, count_param
 from entprune.groups import ChannelGroups
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
+from entprune.predictions import dense_reference, is_correct, predict
 from entprune.report import collect_warnings, environment
 from entprune.rounds import RoundRecord
 from entprune.runner import InProcessRunner, Progress, Runner, torch_threads
 from entprune.search import SearchResult, search
 from entprune.selection import StopRule
 from entprune.simplex import effective_channels, entropy
-from entprune.stages import (
-    CandidateJob,
-    ImageSet,
-    Network,
-    analyse,
-    answers_only,
-    calibrate,
-    dense_reference,
-    is_correct,
-    predict,
-    sampling_plan,
-    solve,
-)
+from entprune.stages import ImageSet, Network, analyse, calibrate, sampling_plan, solve
 
 _OBJECTIVES: tuple[Objective, ...] = ("parameters", "macs")
 _OTHERS = ""  # no group is named so

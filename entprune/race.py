@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from entprune.allocation import CostModel
+from entprune.candidates import CandidateJob, CandidateScore
 from entprune.config import Budget, PruneConfig
 from entprune.latency import KeptLatency, latency_budget
 from entprune.path import SparsityPath
@@ -23,7 +24,6 @@ from entprune.runner import Runner
 from entprune.scoring import ScoreTask, score_all
 from entprune.search import Candidate, Ledger, ScoreRequest, SearchResult, search_steps
 from entprune.selection import StopRule
-from entprune.stages import CandidateJob, CandidateScore
 
 _MIN_IMAGES = 256  # that a verdict on two candidates rests on
 

@@ -20,19 +20,14 @@ import torch
 from torch import nn
 
 from entprune.assembly import slice_network
+from entprune.candidates import CandidateJob, CandidateScore, classify, score_candidate
 from entprune.checkpoints import load_plain_state
 from entprune.evaluation import placed
 from entprune.plan import PruningPlan
+from entprune.predictions import EVALUATION_BATCH
 from entprune.runner import Runner, Work
 from entprune.selection import StopRule
-from entprune.stages import (
-    EVALUATION_BATCH,
-    CandidateJob,
-    CandidateScore,
-    classify,
-    score_candidate,
-    shards,
-)
+from entprune.stages import shards
 
 _MUCH_WORK = 1e12  # multiply-accumulates of one candidate's validation: less is not worth sending the network around
 UNITS_PER_WORKER = 4  # several, so that no worker waits long for the last one

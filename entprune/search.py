@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from entprune.allocation import AllocationProblem, CostModel, Limits, Objective, allocate_within
+from entprune.candidates import CandidateJob, CandidateScore
 from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.errors import ConfigError
 from entprune.latency import KeptLatency, LatencyBudget, latency_budget, limit_macs
@@ -21,7 +22,6 @@ from entprune.plan import GroupPlan, PruningPlan
 from entprune.runner import Runner
 from entprune.scoring import ScoreTask, score_all
 from entprune.selection import DenseReference, StopRule
-from entprune.stages import CandidateJob, CandidateScore
 
 _SMALLEST_FRACTION = 0.02
 _REMOVED_RESOLUTION = 1.25  # factor between the removed fractions of neighbouring sizes

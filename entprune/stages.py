@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from entprune.allocation import CostModel, build_cost_model
-from entprune.assembly import RefitConfig, RefitData, assemble, dense_layers
+from entprune.assembly import dense_layers
 from entprune.calibration import (
     LayerStatistics,
     SamplingPlan,
@@ -29,21 +29,17 @@ from entprune.calibration import (
 )
 from entprune.certificate import confirm_groups
 from entprune.config import PruneConfig
-from entprune.errors import DataError, ModelError
-from entprune.evaluation import ImageSplit, Precision, chunks, placed, predict_classes, predict_logits
+from entprune.errors import ModelError
+from entprune.evaluation import ImageSplit
 from entprune.groups import ChannelGroup, ChannelGroups, find_groups
 from entprune.moments import RowMoments
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
-from entprune.plan import PruningPlan, consumer_features
+from entprune.plan import consumer_features
 from entprune.regression import GroupProblem, build_problem
 from entprune.residuals import Residual, ResidualGraph, find_norms, find_residuals, norm_gain
 from entprune.runner import Runner, Work
-from entprune.selection import DenseReference, StopRule
 from entprune.shared_steps import SharedSteps
 from entprune.tracing import trace
-
-EVALUATION_BATCH = 64
-_PREDICTION_IMAGES, _PREDICTIONS = 256, 8  # of one unit at most, and so many units at least
 
 Part = tuple[int, int]  # first image, and the one after the last
 
@@ -176,13 +172,13 @@ def calibrate(
     total = ShardSum()
     parts = shards(len(images), config.calibration_shards, config.batch_size)
     try:
-        _run_parts(calibrate_shard, job, parts, runner, "calibrate", known, on_result, total.add)
+        run_parts(calibrate_shard, job, parts, runner, "calibrate", known, on_result, total.add)
     finally:
         runner.release(job)
     return total.total()
 
 
-def _run_parts(
+def run_parts(
     unit: Callable[[Any, Part], Any],
     job: Any,
     parts: Sequence[Part],
@@ -356,185 +352,3 @@ def solve_pool(
     finally:
         for handle in handles:
             runner.release(handle)
-
-
-# --- predictions of one network on many images -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PredictJob:
-    """What every prediction unit reads."""
-
-    model: nn.Module
-    images: ImageSet
-    device: str
-    chunk: int = EVALUATION_BATCH
-    precision: Precision = "float32"
-
-    def in_chunks(self, images: int) -> PredictJob:
-        """The same in smaller forward passes."""
-        return replace(self, chunk=images)
-
-
-def logits_range(job: PredictJob, part: Part) -> np.ndarray:
-    """Unit: (n, k) logits of a range of images."""
-    indices = job.images.indices[slice(*part)]
-    with placed(copy.deepcopy(job.model), job.device, job.precision) as model:
-        return np.concatenate(
-            [
-                predict_logits(model, job.images.split, chosen, len(chosen), job.device)
-                for chosen in chunks(indices, EVALUATION_BATCH, job.chunk)
-            ]
-        )
-
-
-def predict(
-    model: nn.Module,
-    images: ImageSet,
-    config: PruneConfig,
-    runner: Runner,
-    *,
-    stage: str,
-    precision: Precision = "float32",
-    known: Callable[[Part], np.ndarray | None] = lambda _: None,
-    on_result: Callable[[Part, np.ndarray], None] | None = None,
-) -> np.ndarray:
-    """(n, k) float32 logits of a network on some images, computed in fixed ranges.
-
-    Args:
-        precision: of the products; images on which candidates are compared are predicted in the settings'.
-        known: logits of a range from an earlier run on the same inputs.
-        on_result: called with each new range's as they come in.
-    """
-    job = runner.share(PredictJob(model=model, images=images, device=config.device, precision=precision))
-    parts = shards(len(images), prediction_units(len(images), runner.workers), EVALUATION_BATCH)
-    found: dict[int, np.ndarray] = {}
-    try:
-        _run_parts(logits_range, job, parts, runner, stage, known, on_result, found.__setitem__)
-    finally:
-        runner.release(job)
-    return np.concatenate([found[number] for number in range(len(parts))])
-
-
-def prediction_units(count: int, workers: int) -> int:
-    """Units into which the prediction of so many images is divided: as many for each worker.
-
-    They start at multiples of the batch size, so batches and results are the same for any number of them.
-    """
-    return max(_PREDICTIONS, workers * -(-count // (workers * _PREDICTION_IMAGES)))
-
-
-def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:
-    """(n,) bool: whether the largest logit is that of the image's class; never where a logit is not finite."""
-    right = logits.argmax(1) == images.split.labels[images.indices]
-    return np.asarray(right & np.isfinite(logits).all(1))
-
-
-def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -> DenseReference:
-    """What candidates are compared with, from the dense network's logits (n, k).
-
-    Raises:
-        DataError: a logit is not finite.
-    """
-    if not np.isfinite(logits).all():
-        raise DataError(
-            "expected finite network outputs on the validation images, got NaN or infinity; check data and weights."
-        )
-    return DenseReference(
-        labels=images.split.labels[images.indices],
-        probabilities=torch.from_numpy(logits).softmax(1).numpy(),
-        estimate=config.drop_estimate,
-    )
-
-
-# --- candidates -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class CandidateJob:
-    """What every candidate unit reads.
-
-    Attributes:
-        data: calibration images and dense answers.
-        validation: held-out images, None where nothing is selected on them.
-        reference: the dense network's answers on them.
-        stop: decides after each chunk whether the drop is known well enough.
-        precision: in which candidates are scored, as the dense network was.
-    """
-
-    network: Network
-    data: RefitData
-    refit: RefitConfig
-    validation: ImageSet | None
-    reference: DenseReference | None
-    stop: StopRule
-    device: str
-    chunk: int = EVALUATION_BATCH
-    precision: Precision = "float32"
-
-    def in_chunks(self, images: int) -> CandidateJob:
-        """The same in smaller forward passes, and without holding the rows of a layer while it is refit."""
-        return replace(self, chunk=images, data=replace(self.data, held_numbers=0))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class CandidateScore:
-    """One assembled network and how it did.
-
-    Attributes:
-        state: its weights, name to array.
-        predicted: (j,) classes chosen for the first j validation images; empty without validation.
-    """
-
-    state: dict[str, np.ndarray]
-    predicted: np.ndarray
-
-
-def score_candidate(job: CandidateJob, plan: PruningPlan) -> CandidateScore:
-    """Unit: assemble one plan and classify validation images until the stop rule is satisfied."""
-    smaller = assemble(
-        job.network.model, job.network.groups, plan,
-        data=job.data, config=job.refit, graph=job.network.graph, device=job.device,
-    )  # fmt: skip
-    return CandidateScore(state=state_arrays(smaller), predicted=_score(job, smaller))
-
-
-def _score(job: CandidateJob, smaller: nn.Module) -> np.ndarray:
-    """(j,) classes of the first validation images, as many as the stop rule wants."""
-    predicted = np.zeros(0, dtype=np.int64)
-    if job.validation is None or job.reference is None:
-        return predicted
-    with placed(smaller, job.device, job.precision) as network:
-        while len(predicted) < len(job.validation):
-            part = job.validation.indices[len(predicted) : len(predicted) + job.stop.chunk]
-            predicted = np.concatenate([predicted, classify(job, network, part)])
-            if job.stop.is_decided(job.reference.drops(predicted)):
-                break
-    return predicted
-
-
-def classify(job: CandidateJob, network: nn.Module, indices: np.ndarray) -> np.ndarray:
-    """(n,) classes that a placed network chooses for some images of the validation split."""
-    if job.validation is None:
-        raise ValueError("expected validation images, got none; share the job that has them.")
-    split = job.validation.split
-    return np.concatenate(
-        [
-            predict_classes(network, split, chosen, len(chosen), job.device)
-            for chosen in chunks(indices, EVALUATION_BATCH, job.chunk)
-        ]
-    )
-
-
-def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """State dict as numpy arrays."""
-    return {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
-
-
-def answers_only(statistics: Statistics, network: Network) -> dict[str, LayerStatistics]:
-    """All that assembly needs: answers, and moments of the layers alone that it cannot refit where it reaches them."""
-    once = set(network.refit_layers)
-    return {
-        layer: LayerStatistics(moments=None if layer in once else entry.moments, outputs=entry.outputs)
-        for layer, entry in statistics.items()
-    }

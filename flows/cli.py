@@ -10,7 +10,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows import recording
+from flows.cli_networks import EVALUATE_EPILOG, EXPORT_EPILOG, INSPECT_EPILOG, evaluate, export, inspect
 from flows.cli_report import EPILOG as REPORT_EPILOG
 from flows.cli_report import report
 from flows.cli_sweep import EPILOG as SWEEP_EPILOG
 from flows.cli_sweep import sweep
-from flows.operations import add_commands, check_registry, register_trained
+from flows.cli_train import EPILOG as TRAIN_EPILOG
+from flows.cli_train import train
+from flows.operations import add_commands
 from flows.options import (
     DataOption,
     DataRootOption,
@@ -32,18 +34,14 @@ from flows.options import (
     MeanOption,
     ModelOption,
     SeedOption,
-    SourceArgument,
     StdOption,
     VerboseOption,
-    image_shape,
     numbers,
 )
 from flows.own_server import begun_server
 
 if TYPE_CHECKING:
-    from entprune.stages import Network
     from flows.parameters import PruneParameters
-    from flows.tables import GroupRow
 
 app = typer.Typer(
     name="entprune",
@@ -259,250 +257,15 @@ def _show_result(report: dict[str, Any], output: Path, register: str | None) -> 
         )
 
 
-# --- sweep ------------------------------------------------------------------------------------------------------------
+# --- the other commands -----------------------------------------------------------------------------------------------
 
 app.command(epilog=SWEEP_EPILOG)(sweep)
 app.command(epilog=recording.EPILOG)(recording.log)
-
-
-# --- report -----------------------------------------------------------------------------------------------------------
-
 app.command(epilog=REPORT_EPILOG)(report)
-
-
-# --- train ------------------------------------------------------------------------------------------------------------
-
-
-@app.command(
-    epilog="""[bold]Examples[/bold]
-
-Train a small network on the digits that come with scikit-learn, in seconds:
-
-[cyan]entprune train --model digits_cnn --data digits --output dense.safetensors[/cyan]
-
-Train a ResNet on a GPU:
-
-[cyan]entprune train --model resnet20_cifar --data cifar10 --epochs 60 \\
-  --device cuda --output resnet20.pt[/cyan]"""
-)
-def train(
-    *,
-    model: ModelOption,
-    data: DataOption,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="Checkpoint to write: .safetensors or .pt.")],
-    data_root: DataRootOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the training images.")] = None,
-    device: DeviceOption = "cpu",
-    seed: SeedOption = 0,
-    register: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Register the dense network in MLflow, for `watch` to find.")
-    ] = None,
-    verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
-) -> int:
-    """Train a network by a plain, good recipe, for those who have no checkpoint yet."""
-    from entprune.checkpoints import save_state
-    from entprune.datasets import load_data
-    from entprune.errors import CheckpointError
-    from entprune.models import build_model
-    from entprune.training import TrainConfig
-    from entprune.training import train as train_network
-    from flows.preflight import check_output_file
-    from flows.progress_bar import RichReporter
-
-    config = TrainConfig(device=device, seed=seed)
-    if epochs is not None:
-        config = replace(config, epochs=epochs)
-    if output.suffix not in {".safetensors", ".pt"}:
-        raise CheckpointError(
-            f"output '{output}': expected a name ending in .safetensors or .pt, got '{output.suffix}'."
-        )
-    check_output_file(output)
-    check_registry(register)
-    images = load_data(data, root=data_root, mean=numbers("mean", mean), std=numbers("std", std))
-    network = build_model(model, num_classes=images.num_classes, input_shape=images.input_shape, seed=seed)
-    with RichReporter() as reporter:
-        result = train_network(
-            network, images, config, lambda done, total, text: reporter.advanced("train", text, done, total)
-        )
-    save_state(result.model, output)
-    console = Console(highlight=False)
-    console.print(f"[bold]test accuracy[/bold]  {result.accuracy:.2f} %")
-    console.print(f"[bold]checkpoint[/bold]     {escape(str(output))}", soft_wrap=True)
-    if register is not None:
-        tags = {"accuracy": result.accuracy, "data": images.name, "data_sha256": images.sha256, "seed": seed}
-        console.print(f"[bold]registered[/bold]     {escape(register_trained(result.model, register, model, tags))}")
-    return 0
-
-
-# --- evaluate ---------------------------------------------------------------------------------------------------------
-
-
-@app.command(
-    epilog="""[bold]Examples[/bold]
-
-Measure the network that a run wrote:
-
-[cyan]entprune evaluate runs/lenet --data mnist --data-root data[/cyan]
-
-Measure the version that was registered last:
-
-[cyan]entprune evaluate models:/flowers@challenger --data imagefolder:flowers[/cyan]"""
-)
-def evaluate(
-    *,
-    source: SourceArgument,
-    data: DataOption,
-    data_root: DataRootOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    device: DeviceOption = "cpu",
-    verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
-) -> int:
-    """Measure a pruned network on the test images: accuracy, size, speed.
-
-    Images are normalised as the network was trained unless --mean and --std say otherwise.
-    """
-    from entprune.evaluation import measure
-    from flows.sources import load_matching_data, load_network
-    from flows.tables import evaluation_table
-
-    network, card = load_network(source)
-    images = load_matching_data(data, data_root, numbers("mean", mean), numbers("std", std), card)
-    measured = measure(network, images.test, images.input_shape, device=device)
-    Console(highlight=False).print(
-        evaluation_table(
-            source,
-            accuracy=measured.accuracy,
-            parameters=measured.parameters,
-            macs=measured.macs,
-            latency_ms=measured.latency_ms,
-            num_images=len(images.test),
-        )
-    )
-    return 0
-
-
-# --- export -----------------------------------------------------------------------------------------------------------
-
-
-@app.command(
-    epilog="""[bold]Examples[/bold]
-
-For PyTorch, without entprune and without the network's code:
-
-[cyan]entprune export runs/lenet --output lenet.pt2[/cyan]
-
-For ONNX Runtime and most inference engines:
-
-[cyan]entprune export models:/flowers@challenger --output flowers.onnx[/cyan]"""
-)
-def export(
-    *,
-    source: SourceArgument,
-    output: Annotated[
-        Path, typer.Option(metavar="FILE", help="File to write: .pt2 for PyTorch, .onnx for other engines.")
-    ],
-    input_shape: Annotated[
-        str | None, typer.Option(metavar="C,H,W", help="Of one image, for a network that does not say it itself.")
-    ] = None,
-    verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
-) -> int:
-    """Write a pruned network as one file that runs without entprune.
-
-    The file takes any number of images, normalised as for training; it is read back and compared with the network.
-    """
-    from entprune.export import check_export_path, export_model
-    from flows.preflight import check_output_file
-    from flows.sources import find_input_shape, load_network
-    from flows.tables import export_lines
-
-    check_export_path(output)
-    check_output_file(output)
-    network, card = load_network(source)
-    shape = find_input_shape(source, card) if input_shape is None else image_shape(input_shape)
-    exported = export_model(network, output, input_shape=shape, metadata={**card, "input_shape": shape})
-    console = Console(highlight=False)
-    for title, text in export_lines(exported, shape, card):
-        console.print(f"[bold]{title:<11}[/bold]{escape(text)}", soft_wrap=True)
-    return 0
-
-
-# --- inspect ----------------------------------------------------------------------------------------------------------
-
-
-@app.command(
-    epilog="""[bold]Examples[/bold]
-
-[cyan]entprune inspect --model vgg16_cifar[/cyan]
-
-[cyan]entprune inspect --model torchvision:resnet50[/cyan]
-
-[cyan]entprune inspect --model my_package.networks:build --input-shape 1,64,64 \\
-  --checkpoint trained.pt[/cyan]"""
-)
-def inspect(
-    *,
-    model: ModelOption,
-    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Check that it fits, too.")] = None,
-    input_shape: Annotated[
-        str | None, typer.Option(metavar="C,H,W", help="Of one image; the built-in networks know theirs.")
-    ] = None,
-    num_classes: Annotated[int | None, typer.Option(metavar="N", help="10, or 1000 for torchvision's.")] = None,
-    keep: KeepOption = None,
-    verbose: VerboseOption = False,  # noqa: ARG001 -- read by the outermost frame
-) -> int:
-    """Show what can be pruned in a network, and why the rest cannot.
-
-    Fails if nothing can be pruned.
-    """
-    from entprune.checkpoints import load_checkpoint
-    from entprune.config import PruneConfig
-    from entprune.models import build_model
-    from entprune.stages import analyse
-    from flows.tables import group_table, unprunable_table
-
-    shape = image_shape(input_shape) if input_shape is not None else _usual_shape(model)
-    classes = num_classes or (1000 if model.startswith("torchvision:") else 10)
-    network = build_model(model, num_classes=classes, input_shape=shape)
-    if checkpoint is not None:
-        load_checkpoint(network, checkpoint)
-    analysed = analyse(network, shape, PruneConfig(keep=tuple(keep or ())))
-    console = Console(highlight=False)
-    console.print(group_table(_group_rows(analysed)))
-    console.print(unprunable_table([(entry.layer, entry.reason) for entry in analysed.groups.unprunable]))
-    return 0
-
-
-def _group_rows(network: Network) -> list[GroupRow]:
-    from flows.tables import GroupRow
-
-    widths = {group.name: group.num_channels for group in network.groups.groups}
-    totals = {"parameters": network.cost.parameters(widths), "macs": network.cost.macs(widths)}
-    rows = []
-    for group in network.groups.groups:
-        shares: dict[str, float] = {}
-        for objective in ("parameters", "macs"):
-            cost = network.cost.along(group.name, widths, group.num_channels, objective)
-            shares[objective] = float(cost[-1] - cost[0]) / totals[objective]
-        rows.append(
-            GroupRow(
-                name=group.name,
-                channels=group.num_channels,
-                producers=[piece.layer for piece in group.producers],
-                consumers=[piece.layer for piece in group.consumers],
-                **shares,
-            )
-        )
-    return rows
-
-
-def _usual_shape(model: str) -> tuple[int, int, int]:
-    known = {"lenet": (1, 28, 28), "digits_cnn": (1, 8, 8)}
-    return known.get(model, (3, 224, 224) if model.startswith("torchvision:") else (3, 32, 32))
-
-
+app.command(epilog=TRAIN_EPILOG)(train)
+app.command(epilog=EVALUATE_EPILOG)(evaluate)
+app.command(epilog=EXPORT_EPILOG)(export)
+app.command(epilog=INSPECT_EPILOG)(inspect)
 add_commands(app)
 
 

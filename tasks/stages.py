@@ -15,6 +15,7 @@ from torch import nn
 from entprune.artifact import ModelCard, save_model
 from entprune.assembly import RefitData
 from entprune.calibration import LayerStatistics, Statistics, num_bytes
+from entprune.candidates import CandidateJob, CandidateScore, answers_only
 from entprune.certificate import Certificate
 from entprune.config import Budget, PruneConfig
 from entprune.errors import CertificateError
@@ -22,6 +23,7 @@ from entprune.evaluation import Measurement, Precision, count_macs, count_parame
 from entprune.latency import measure_kept_latency
 from entprune.path import SettingPath, SparsityPath
 from entprune.plan import PruningPlan
+from entprune.predictions import dense_reference, is_correct, predict
 from entprune.pruning import certify_result
 from entprune.report import write_report
 from entprune.rounds import RoundRecord, judge_round
@@ -29,18 +31,7 @@ from entprune.runner import torch_threads
 from entprune.search import SearchResult
 from entprune.search import search as search_budget
 from entprune.selection import DenseReference, StopRule
-from entprune.stages import (
-    CandidateJob,
-    CandidateScore,
-    ImageSet,
-    Part,
-    SolveKey,
-    answers_only,
-    dense_reference,
-    is_correct,
-    predict,
-    sampling_plan,
-)
+from entprune.stages import ImageSet, Part, SolveKey, sampling_plan
 from entprune.stages import calibrate as calibrate_network
 from entprune.stages import solve as solve_groups
 from entprune.storage import (

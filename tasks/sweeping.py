@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from entprune.assembly import slice_network
+from entprune.candidates import CandidateJob, CandidateScore, score_candidate
 from entprune.config import Budget, PruneConfig
 from entprune.evaluation import measure_latency
 from entprune.groups import ChannelGroup
@@ -19,7 +20,7 @@ from entprune.race import Entrant, Finish, race
 from entprune.runner import Work, torch_threads
 from entprune.search import SearchResult
 from entprune.selection import StopRule
-from entprune.stages import CandidateJob, CandidateScore, group_problem, score_candidate, solve_pool
+from entprune.stages import group_problem, solve_pool
 from entprune.storage import load_setting_path, save_setting_path
 from tasks.progress import StageClock
 from tasks.stages import (

@@ -15,10 +15,11 @@ from torch import nn
 
 from entprune.artifact import ModelCard
 from entprune.calibration import LayerStatistics
+from entprune.candidates import answers_only
 from entprune.config import Budget, PruneConfig
 from entprune.datasets import ArraySplit, ImageData, ImageSplit, split_training
 from entprune.errors import EntpruneError
-from entprune.stages import ImageSet, Network, analyse, answers_only
+from entprune.stages import ImageSet, Network, analyse
 from tasks.actors import RayRunner
 from tasks.keys import StageKeys, hash_images, hash_network
 from tasks.progress import StageClock

@@ -20,6 +20,7 @@ import torch
 from ray import cloudpickle
 
 from entprune import Budget, PathSetting, PruneConfig, scoring
+from entprune.candidates import CandidateScore
 from entprune.datasets import ArraySplit
 from entprune.errors import ConfigError, DataError, EngineError
 from entprune.models import build_model
@@ -28,7 +29,7 @@ from entprune.plan import GroupPlan, PruningPlan
 from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner, Runner, Work
 from entprune.search import search
-from entprune.stages import CandidateScore, ImageSet, Network, analyse, calibrate, solve, solve_group
+from entprune.stages import ImageSet, Network, analyse, calibrate, solve, solve_group
 from tasks import actors, unit_queue
 from tasks.actors import RayRunner
 from tasks.cluster import Cluster, WorkerShape, connect, free_memory_bytes, object_store_bytes

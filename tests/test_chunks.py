@@ -10,25 +10,16 @@ from hypothesis import strategies as st
 
 from entprune import Budget, PruneConfig
 from entprune.calibration import LayerStatistics
+from entprune.candidates import score_candidate
 from entprune.datasets import ArraySplit
 from entprune.evaluation import chunks
 from entprune.models import build_model
 from entprune.moments import RowMoments
 from entprune.plan import GroupPlan, PruningPlan
+from entprune.predictions import PredictJob, logits_range
 from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner
-from entprune.stages import (
-    CalibrationJob,
-    ImageSet,
-    Network,
-    PredictJob,
-    analyse,
-    calibrate,
-    calibrate_shard,
-    logits_range,
-    sampling_plan,
-    score_candidate,
-)
+from entprune.stages import CalibrationJob, ImageSet, Network, analyse, calibrate, calibrate_shard, sampling_plan
 from tests.trap_networks import TRAPS
 
 NETWORKS = {"digits_cnn": (1, 8, 8), "resnet20_cifar": (3, 32, 32)}

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entprune.candidates import CandidateJob, CandidateScore
 from entprune.config import Budget, PruneConfig
 from entprune.pareto import pareto_front
 from entprune.path import SettingPath, SparsityPath
@@ -19,7 +20,6 @@ from entprune.race import Entrant, Finish, is_clearly_worse, race
 from entprune.runner import OnResult, Work
 from entprune.search import search
 from entprune.selection import StopRule
-from entprune.stages import CandidateJob, CandidateScore
 from tests.test_search import PATHS, WIDTHS, Clock, Scorer, chain_cost, job_of
 
 NUM_IMAGES = 2000

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from entprune.assembly import RefitConfig, RefitData, assemble, slice_network
+from entprune.candidates import answers_only
 from entprune.config import PruneConfig
 from entprune.plan import GroupPlan, PruningPlan
 from entprune.pruning import as_split, whole_split
 from entprune.runner import InProcessRunner
-from entprune.stages import Network, analyse, answers_only, calibrate, sampling_plan
+from entprune.stages import Network, analyse, calibrate, sampling_plan
 from tests.trap_networks import TRAPS
 
 SHAPE = (2, 6, 6)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from entprune.assembly import RefitConfig, RefitData, assemble
+from entprune.candidates import answers_only
 from entprune.config import PruneConfig
 from entprune.models import build_model
 from entprune.plan import GroupPlan, PruningPlan
 from entprune.pruning import as_split, whole_split
 from entprune.residuals import find_residuals, inverse_gain
 from entprune.runner import InProcessRunner
-from entprune.stages import analyse, answers_only, calibrate, group_problem, sampling_plan
+from entprune.stages import analyse, calibrate, group_problem, sampling_plan
 from entprune.tracing import trace
 from tests.micro_networks import IMAGE_SHAPE, Bottleneck, Concat, Residual, random_split, warm_up
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from entprune import Budget, PruneConfig, scoring
+from entprune.candidates import CandidateJob, CandidateScore
 from entprune.datasets import ArraySplit
 from entprune.models import build_model
 from entprune.plan import GroupPlan, PruningPlan
@@ -16,7 +17,7 @@ from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner
 from entprune.scoring import ScoreTask, can_be_cut, score_all
 from entprune.selection import StopRule
-from entprune.stages import CandidateJob, CandidateScore, ImageSet, analyse, calibrate
+from entprune.stages import ImageSet, analyse, calibrate
 
 SHAPE = (1, 8, 8)
 NUM_IMAGES = 330  # no whole number of batches

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entprune.allocation import CostModel, LayerCost
+from entprune.candidates import CandidateJob, CandidateScore
 from entprune.config import Budget, PruneConfig
 from entprune.errors import ConfigError
 from entprune.path import PathSetting, SettingPath, SparsityPath
@@ -19,7 +20,6 @@ from entprune.plan import PruningPlan
 from entprune.runner import OnResult, Work
 from entprune.search import SearchResult, _Bracket, search
 from entprune.selection import DenseReference, StopRule
-from entprune.stages import CandidateJob, CandidateScore
 
 NUM_IMAGES = 400
 WIDTHS = {"first": 30, "second": 60}

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from entprune import PathSetting, PruneConfig
+from entprune.candidates import CandidateScore
 from entprune.datasets import ArraySplit, ImageData
 from entprune.errors import ConfigError
 from entprune.finetune import FinetuneConfig
@@ -28,7 +29,6 @@ from entprune.groups import find_groups
 from entprune.models import build_model
 from entprune.plan import full_plan
 from entprune.selection import DenseReference, StopRule
-from entprune.stages import CandidateScore
 from entprune.storage import read_bundle, write_bundle
 from tasks import keys
 from tasks.keys import StageKeys, content_key, hash_arrays, hash_images, hash_network

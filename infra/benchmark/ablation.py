@@ -20,15 +20,17 @@ from torch import nn
 
 from entprune.allocation import Objective, allocate
 from entprune.assembly import slice_network
+from entprune.candidates import score_candidate
 from entprune.checkpoints import load_plain_state
 from entprune.config import Budget, PruneConfig
 from entprune.errors import ConfigError
 from entprune.path import PathSetting, SettingPath, SparsityPath
 from entprune.plan import PruningPlan
+from entprune.predictions import dense_reference, predict
 from entprune.runner import InProcessRunner
 from entprune.search import allocation_problem, plan_for_widths
 from entprune.selection import NO_CLASS
-from entprune.stages import SolveKey, dense_reference, group_problem, predict, score_candidate, solve
+from entprune.stages import SolveKey, group_problem, solve
 from infra.benchmark.networks import Bench
 from infra.benchmark.outcomes import pack_outcomes
 from infra.benchmark.parts import Key, Part, Request

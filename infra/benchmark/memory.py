@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from entprune.allocation import allocate
+from entprune.candidates import score_candidate
 from entprune.config import Budget, PruneConfig
 from entprune.models import build_model
 from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner
 from entprune.search import allocation_problem, plan_for_widths
-from entprune.stages import ImageSet, analyse, calibrate, score_candidate, solve
+from entprune.stages import ImageSet, analyse, calibrate, solve
 
 NETWORK, SHAPE = "lenet", (1, 28, 28)
 

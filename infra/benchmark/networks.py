@@ -14,15 +14,17 @@ import numpy as np
 from torch import nn
 
 from entprune.calibration import LayerStatistics
+from entprune.candidates import CandidateJob
 from entprune.checkpoints import load_checkpoint, sha256_file
 from entprune.config import Budget, PruneConfig
 from entprune.datasets import ImageData, load_data, split_training
 from entprune.errors import ConfigError
 from entprune.models import build_model
 from entprune.path import SparsityPath
+from entprune.predictions import is_correct, predict
 from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner
-from entprune.stages import CandidateJob, ImageSet, Network, analyse, calibrate, is_correct, predict, solve
+from entprune.stages import ImageSet, Network, analyse, calibrate, solve
 
 _PLAIN = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -17,12 +17,12 @@ from torch import nn
 
 from entprune.allocation import Objective, allocate
 from entprune.assembly import slice_network
+from entprune.candidates import score_candidate
 from entprune.checkpoints import load_plain_state
 from entprune.config import Budget
 from entprune.errors import ConfigError
 from entprune.plan import PruningPlan
 from entprune.search import allocation_problem
-from entprune.stages import score_candidate
 from infra.benchmark.networks import NETWORKS, find_network
 from infra.benchmark.outcomes import pack_outcomes
 from infra.benchmark.parts import Key, Part, Request

@@ -27,28 +27,25 @@ from torch import nn
 from entprune.allocation import allocate
 from entprune.assembly import RefitData, slice_network
 from entprune.calibration import LayerStatistics, ShardSum, Statistics
+from entprune.candidates import CandidateJob, answers_only, score_candidate
 from entprune.config import PruneConfig
 from entprune.evaluation import measure_latency
 from entprune.models import build_model
 from entprune.path import SparsityPath, lower_envelope
+from entprune.predictions import PredictJob, logits_range
 from entprune.pruning import certify_result
 from entprune.runner import Work, torch_threads
 from entprune.search import allocation_problem, plan_for_widths
 from entprune.selection import StopRule
 from entprune.stages import (
     CalibrationJob,
-    CandidateJob,
     ImageSet,
     Network,
-    PredictJob,
     SolveJob,
     analyse,
-    answers_only,
     calibrate_shard,
     group_problem,
-    logits_range,
     sampling_plan,
-    score_candidate,
     solve_group,
 )
 from entprune.storage import atomic_write_text

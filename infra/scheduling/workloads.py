@@ -14,9 +14,10 @@ from typing import Any
 
 from entprune.config import PruneConfig
 from entprune.models import build_model
+from entprune.predictions import EVALUATION_BATCH, prediction_units
 from entprune.scoring import UNITS_PER_WORKER, images_ahead
 from entprune.selection import StopRule
-from entprune.stages import EVALUATION_BATCH, prediction_units, shards
+from entprune.stages import shards
 from infra.scheduling.simulation import Job, Stage
 
 _BATCH = EVALUATION_BATCH
