@@ -261,7 +261,7 @@ def group_problem(network: Network, group: ChannelGroup, statistics: Statistics)
             raise ModelError(
                 f"layer {piece.layer!r}: expected moments of its inputs, got none; calibrate it as a consumer."
             )
-        gain = _output_gain(network, piece.layer)
+        gain = output_gain(network, piece.layer)
         weight = layer.get_parameter("weight").detach().flatten(1).numpy() * gain[:, None]
         inputs = entry.moments if isinstance(entry.moments, RowMoments) else entry.moments.covariance()
         consumers[piece.layer] = (inputs, weight, consumer_features(layer, piece))
@@ -270,7 +270,7 @@ def group_problem(network: Network, group: ChannelGroup, statistics: Statistics)
     return build_problem(group.name, group.num_channels, consumers, variances)
 
 
-def _output_gain(network: Network, layer: str) -> np.ndarray:
+def output_gain(network: Network, layer: str) -> np.ndarray:
     """(m,) float32 magnitude with which each output goes on."""
     norm = network.norms.get(layer)
     gain = None if norm is None else norm_gain(network.model.get_submodule(norm))

@@ -9,10 +9,11 @@ Axes: n images, k classes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
 from infra.benchmark.selection import budget_label
 from infra.benchmark.swaps import swap
+from infra.benchmark.trials import Divergence, fisher_paths, fisher_weights, probe_images, probed_losses
 
 BUDGETS: dict[str, tuple[Budget, ...]] = {
     "lenet": (Budget(parameters_removed=0.94), Budget(parameters_removed=0.96)),
@@ -46,6 +48,9 @@ BUDGETS: dict[str, tuple[Budget, ...]] = {
 }
 WITH_RESIDUALS = ("resnet18_cifar", "resnet56_cifar")
 _SECONDS_BETWEEN_LINES = 20.0
+
+Trial = Literal["swaps", "fisher", "probes"]
+Losses = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,14 +62,14 @@ class Variant:
         family: what is changed.
         changes: settings that differ from the defaults.
         is_refit: without it the chosen channels are cut out and nothing else is done.
-        is_swapped: each group's set is refined by exchanges at its width (:mod:`infra.benchmark.swaps`).
+        trial: what is done beside the method (:mod:`infra.benchmark.trials`, :mod:`infra.benchmark.swaps`).
     """
 
     name: str
     family: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     is_refit: bool = True
-    is_swapped: bool = False
+    trial: Trial | None = None
 
     def config(self, defaults: PruneConfig) -> PruneConfig:
         """Settings of the variant."""
@@ -74,7 +79,7 @@ class Variant:
         """The changes as plain values for JSON."""
         settings = self.changes.get("settings", ())
         plain = {"settings": [setting.to_dict() for setting in settings]} if settings else {}
-        steps = ({} if self.is_refit else {"refit": False}) | ({"swaps": True} if self.is_swapped else {})
+        steps = ({} if self.is_refit else {"refit": False}) | ({} if self.trial is None else {"trial": self.trial})
         return {**self.changes, **plain, **steps}
 
 
@@ -95,12 +100,14 @@ VARIANTS: tuple[Variant, ...] = (
     _alone("entropy +1", _SETS, entropy_weight=1.0),
     _alone("entropy +3", _SETS, entropy_weight=3.0),
     _alone("elimination alone", _SETS, method="elimination"),
-    Variant(name="swaps after the envelope", family=_SETS, is_swapped=True),
+    Variant(name="swaps after the envelope", family=_SETS, trial="swaps"),
+    Variant(name="Fisher weights of outputs", family=_SETS, trial="fisher"),
     _alone("growth 1.5", _SCHEDULE, entropy_weight=1.0, l2_growth=1.5),
     _alone("growth 4", _SCHEDULE, entropy_weight=1.0, l2_growth=4.0),
     _alone("drop threshold 0.1", _SCHEDULE, entropy_weight=1.0, drop_threshold=0.1),
     _changed("loss exponent 0.7", _ALLOCATION, loss_exponent=0.7),
     _changed("loss exponent 1.4", _ALLOCATION, loss_exponent=1.4),
+    Variant(name="KL of each group, probed", family=_ALLOCATION, trial="probes"),
     _changed("rectified_steps 0", _REFIT, rectified_steps=0),
     _changed("output_temperature 0", _REFIT, output_temperature=0.0),
     _changed("no BatchNorm re-estimation", _REFIT, reestimate_batchnorm=False),
@@ -178,6 +185,7 @@ class AblationMeter:
         self._runner = InProcessRunner(threads=self._bench.config.threads)
         self._dense: dict[str, Any] | None = None
         self._dense_logits: np.ndarray | None = None
+        self._trials: dict[str, tuple[Mapping[str, SparsityPath], Losses | None, float]] = {}
 
     def facts(self, record: Record) -> Mapping[str, Any]:
         """Hashes of the inputs, numbers of images, and figures of the unpruned network."""
@@ -199,15 +207,16 @@ class AblationMeter:
         variant = _BY_NAME[key["variant"]]
         config = variant.config(self._bench.config)
         solved = self._solved_for(config)
-        paths = solved.paths(config)
         objective, kept = _target(key["budget"])
-        widths = allocate(allocation_problem(paths, solved.bench.network.cost, config, objective), kept)
-        plan, exchanges, seconds = plan_for_widths(paths, widths), None, solved.seconds(config)
-        if variant.is_swapped:
+        _ = solved.bench.job  # so that its seconds are not those of anything else
+        paths, losses, seconds = self._paths(variant, config, solved)
+        problem = allocation_problem(paths, solved.bench.network.cost, config, objective)
+        widths = allocate(problem if losses is None else replace(problem, losses=losses), kept)
+        plan, exchanges = plan_for_widths(paths, widths), None
+        if variant.trial == "swaps":
             start = time.process_time()
             plan, exchanges = swapped_plan(solved.bench, plan)
             seconds += time.process_time() - start
-        _ = solved.bench.job  # so that its seconds are not those of the assembly
         start = time.process_time()
         model = build(solved.bench, plan, config, is_refit=variant.is_refit)
         assembly_seconds = time.process_time() - start
@@ -224,6 +233,35 @@ class AblationMeter:
             "changes": variant.described(),
             **({} if exchanges is None else {"exchanges": exchanges}),
         }
+
+    def _paths(
+        self, variant: Variant, config: PruneConfig, solved: SolvedPaths
+    ) -> tuple[Mapping[str, SparsityPath], Losses | None, float]:
+        """Paths, predicted losses where they are not those of the paths, and the seconds that both took."""
+        trial = variant.trial
+        if trial not in ("fisher", "probes"):
+            return solved.paths(config), None, solved.seconds(config)
+        if trial not in self._trials:
+            paths = solved.paths(config)
+            start = time.process_time()
+            if trial == "fisher":
+                result = fisher_paths(solved.bench, config, fisher_weights(solved.bench)), None, 0.0
+            else:
+                result = paths, probed_losses(paths, self._divergence(solved.bench, config)), solved.seconds(config)
+            self._trials[trial] = (*result[:2], result[2] + time.process_time() - start)
+        return self._trials[trial]
+
+    def _divergence(self, bench: Bench, config: PruneConfig) -> Divergence:
+        """Of a plan's refit network from the dense one, on images of its own."""
+        images = probe_images(bench)
+        dense = predict(bench.network.model, images, config, self._runner, stage="probe dense")
+
+        def measure(plan: PruningPlan) -> float:
+            model = build(bench, plan, config, is_refit=True)
+            found = divergence(dense, predict(model, images, config, self._runner, stage="probe"))
+            return math.inf if found is None else found
+
+        return measure
 
     def _solved_for(self, config: PruneConfig) -> SolvedPaths:
         """Those with the statistics of `config`; only one set of them is held at a time."""
