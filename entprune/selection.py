@@ -111,8 +111,12 @@ class StopRule:
         return mean, mean - z * error, mean + shift + (z**2 * error**2 + shift**2) ** 0.5
 
     def is_decided(self, drops: np.ndarray) -> bool:
-        """Whether looking at more images can hardly change the verdict (twice the usual quantile)."""
+        """Whether looking at more images can hardly change the verdict (twice the usual quantile).
+
+        What may be chosen in the end is looked at in full: candidates share the images, so a lucky beginning is lucky
+        for all of them. Only one that is clearly within half the budget is not looked at further.
+        """
         if self.max_drop is None or len(drops) < self.chunk:
             return False
         mean, low, high = self.bounds(drops)
-        return mean - 2.0 * (mean - low) > self.max_drop or mean + 2.0 * (high - mean) < self.max_drop
+        return mean - 2.0 * (mean - low) > self.max_drop or mean + 2.0 * (high - mean) < 0.5 * self.max_drop

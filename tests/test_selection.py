@@ -89,6 +89,8 @@ def test_upper_bound_holds_where_few_images_differ(count: int, rate: float) -> N
         (100, 0.0, 0.5, False),  # none lost of few says little
         (100, 100.0, 0.5, True),
         (1000, 0.5, 0.5, False),
+        (10_000, 0.2, 0.5, True),
+        (10_000, 0.3, 0.5, False),  # within the budget, but not within half of it
         (1000, 0.0, None, False),
     ],
 )

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from entprune import Budget, PruningResult, prune
+from entprune.errors import ConfigError
 from entprune.stages import ImageSet
 from infra.benchmark.networks import NETWORKS, Bench
 from infra.benchmark.parts import Key, Part, Request
@@ -78,9 +79,17 @@ class BudgetMeter:
 
 
 def cells(request: Request) -> list[tuple[Subject, Key]]:
-    """One cell for each budget."""
+    """One cell for each budget.
+
+    Raises:
+        ConfigError: there is no such budget.
+    """
+    labels = {f"max_accuracy_drop-{points:g}": points for points in POINTS}
+    if request.budget not in {"", *labels}:
+        raise ConfigError(f"budget: expected one of {', '.join(labels)}, got {request.budget!r}.")
     subject = Subject(part="budgets", network=request.network, seed=request.seed)
-    return [(subject, {"max_accuracy_drop": points}) for points in POINTS]
+    wanted = (points for label, points in labels.items() if request.budget in {"", label})
+    return [(subject, {"max_accuracy_drop": points}) for points in wanted]
 
 
 PART = Part(
