@@ -25,6 +25,7 @@ from flows.cli_sweep import EPILOG as SWEEP_EPILOG
 from flows.cli_sweep import sweep
 from flows.cli_train import EPILOG as TRAIN_EPILOG
 from flows.cli_train import train
+from flows.early_server import begun_server
 from flows.operations import add_commands
 from flows.options import (
     DataOption,
@@ -38,7 +39,6 @@ from flows.options import (
     VerboseOption,
     numbers,
 )
-from flows.own_server import begun_server
 
 if TYPE_CHECKING:
     from flows.parameters import PruneParameters

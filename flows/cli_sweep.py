@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flows.early_server import begun_server
 from flows.options import VerboseOption
-from flows.own_server import begun_server
 from flows.recording import unrecorded_lines
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from contextvars import ContextVar, copy_context
 from typing import Any
 
 from entprune.errors import EngineError
-from flows.own_server import begun
+from flows.early_server import begun
 from tasks.redaction import clean_cause, redact
 
 _logger = logging.getLogger(__name__)

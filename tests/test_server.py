@@ -20,7 +20,7 @@ from httpx import ConnectError
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from entprune.errors import DataError, EngineError
-from flows import own_server as own_server_module
+from flows import early_server
 from flows.server import finished, own_server, run_flow, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,8 +132,8 @@ def test_flow_runs_on_the_server_that_was_begun(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr("flows.server.start_server", lambda: pytest.fail("another server was started"))
-    with temporary_settings(restore_defaults={PREFECT_API_URL}), own_server_module.begun_server():
-        server = own_server_module.begun()
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), early_server.begun_server():
+        server = early_server.begun()
         assert server is not None
         assert run_flow(lambda _: PREFECT_API_URL.value(), None) == server.url
         assert listens(server.url)
@@ -145,18 +145,18 @@ def test_flow_runs_on_the_server_that_was_begun(monkeypatch: pytest.MonkeyPatch,
 
 def test_server_that_was_not_needed_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    with own_server_module.begun_server():
-        server = own_server_module.begun()
+    with early_server.begun_server():
+        server = early_server.begun()
         assert server is not None
         assert server.is_running()
     assert not server.is_running()
-    assert own_server_module.begun() is None
+    assert early_server.begun() is None
 
 
 def test_no_server_is_begun_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
-    with own_server_module.begun_server():
-        assert own_server_module.begun() is None
+    with early_server.begun_server():
+        assert early_server.begun() is None
 
 
 def test_server_named_by_a_profile_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_server_named_by_a_profile_is_used(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "profiles.toml"))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    server = own_server_module.OwnServer()
+    server = early_server.EarlyServer()
     assert not server.wait(60)  # it ends by itself
     assert not server.is_running()
 
@@ -174,7 +174,7 @@ def test_server_named_by_a_profile_is_used(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_server_ends_with_a_killed_parent() -> None:
     program = (
-        "import time; from flows.own_server import OwnServer; server = OwnServer(); "
+        "import time; from flows.early_server import EarlyServer; server = EarlyServer(); "
         "print(server.wait(120), server.url, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)

@@ -1,6 +1,6 @@
 """A flow engine's server of a command's own, begun before anything else: it takes as long as all other imports.
 
-python -m flows.own_server PORT  (does nothing where Prefect's settings name a server)
+python -m flows.early_server PORT  (does nothing where Prefect's settings name a server)
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 _STOP_SECONDS = 10.0
 _LOOK_SECONDS = 0.05
 
-_begun: ContextVar[OwnServer | None] = ContextVar("begun_server", default=None)
+_begun: ContextVar[EarlyServer | None] = ContextVar("begun_server", default=None)
 
 
-class OwnServer:
+class EarlyServer:
     """A server in a process of its own, which ends with this one, however that ends."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class OwnServer:
         self.url = f"http://127.0.0.1:{self._port}/api"
         paths = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(  # noqa: S603 -- this module
-            [sys.executable, "-m", "flows.own_server", str(self._port)],
+            [sys.executable, "-m", "flows.early_server", str(self._port)],
             env={**os.environ, "PREFECT_UI_ENABLED": "false", "PYTHONPATH": paths},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -86,7 +86,7 @@ def begun_server() -> Iterator[None]:
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
-    server = OwnServer()
+    server = EarlyServer()
     token = _begun.set(server)
     try:
         yield
@@ -96,7 +96,7 @@ def begun_server() -> Iterator[None]:
             server.stop()
 
 
-def begun() -> OwnServer | None:
+def begun() -> EarlyServer | None:
     """The server that was begun for this block, if one was."""
     return _begun.get()
 
