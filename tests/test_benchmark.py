@@ -379,6 +379,26 @@ def test_the_other_parts_have_their_figures_on_the_page(measured: Path, tmp_path
     assert f"| {record['cells'][0]['values']['ratio']:.2f} | 13 |" in text
 
 
+def test_seeds_of_an_accuracy_budget_have_their_median(tmp_path: Path) -> None:
+    for seed, removed in enumerate((0.91, 0.7, 0.83)):
+        subject = Subject(part="budgets", network="lenet", seed=seed)
+        small = {
+            "accuracy": 99.0 - seed,
+            "accuracy_drop": float(seed),
+            "parameters_removed": removed,
+            "macs_removed": 0.5,
+        }
+        values = {
+            "dense": {"accuracy": 99.0}, "one_shot": small, "budget_met": seed != 2, "timings_seconds": {"solve": 1.25},
+            "candidates": [{}, {}], "threads": 1,
+        }  # fmt: skip
+        Record(subject.path(tmp_path / "results"), subject).put({"max_accuracy_drop": 0.5}, values, RUN_WITH_VERSIONS)
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    assert "| lenet | 0.5 | 1 | 99.00 → 98.00 | 1.00 | 70.0% | 50.0% | 2 |" in text
+    assert "| 2.00 (budget not met) | 83.0% |" in text
+    assert "| lenet | 0.5 | **median** |  | **1.00** | **83.0%** | **50.0%** |" in text
+
+
 def test_curves_over_images_are_fitted_and_drawn(tmp_path: Path) -> None:
     cells: list[tuple[dict, dict]] = []
     for n in (1000, 10_000):
