@@ -29,8 +29,8 @@ _RUN_FIELDS = (
 )  # fmt: skip
 _CONFIG_FIELDS = (
     "loss_exponent", "objective", "relative_ridge", "reestimate_batchnorm", "rectified_steps", "output_temperature",
-    "correct_residuals", "drop_estimate", "confidence", "min_rows", "rows_per_feature", "resolution", "max_rounds",
-    "candidates_per_round",
+    "correct_residuals", "drop_estimate", "scoring_precision", "confidence", "min_rows", "rows_per_feature",
+    "resolution", "max_rounds", "candidates_per_round",
 )  # fmt: skip
 SWEEPABLE = (*PATH_FIELDS, *_CONFIG_FIELDS, *BUDGET_FIELDS, *_RUN_FIELDS, "network")
 _MAX_SETTINGS = 1000

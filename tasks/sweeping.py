@@ -225,7 +225,8 @@ def _entrant(
 ) -> Entrant:
     """A setting's search; what its candidate units read is shared with settings of the same images and refit."""
     config, keys = work.config, work.keys
-    shared = f"{calibration_key(work)} {keys.validation} {config.refit()} {config.drop_estimate}"
+    scored = f"{keys.validation} {config.drop_estimate} {config.scoring_precision}"
+    shared = f"{calibration_key(work)} {config.refit()} {scored}"
     if shared not in jobs:
         jobs[shared] = candidate_job(work, calibration.statistics, reference_of(work, engine))
     stop = StopRule(max_drop=work.budget.max_accuracy_drop, quantile=config.quantile)
@@ -237,7 +238,7 @@ def _entrant(
         config=config,
         job=jobs[shared],
         stop=stop,
-        arena=f"{keys.network} {keys.validation} {work.budget.to_dict()} {config.objective} {config.drop_estimate}",
+        arena=f"{keys.network} {work.budget.to_dict()} {config.objective} {scored}",
         candidate_key=keys.candidate,
         known=lambda plan: recall_score(job, engine.store, keys.candidate(plan)),
         on_score=lambda plan, score: keep_score(engine.store, keys.candidate(plan), score),

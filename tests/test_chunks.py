@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -93,8 +95,12 @@ def test_candidate_in_chunks_is_the_same_network(network: Network, images: Image
     whole, cut = score_candidate(job, plan), score_candidate(job.in_chunks(16), plan)
     np.testing.assert_array_equal(cut.predicted, whole.predicted)
     assert cut.state.keys() == whole.state.keys()
+    rounded = score_candidate(replace(job, precision="bfloat16"), plan)
+    assert rounded.predicted.shape == whole.predicted.shape
+    assert (rounded.predicted == whole.predicted).mean() > 0.8
     for name, value in whole.state.items():
         np.testing.assert_array_equal(cut.state[name], value)
+        np.testing.assert_array_equal(rounded.state[name], value)
 
 
 def test_layer_that_is_called_twice_is_summed_in_the_same_order() -> None:

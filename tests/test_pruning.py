@@ -196,6 +196,18 @@ def pruned(trained: Trained, **options: Any) -> PruningResult:
     return prune(trained.model, trained.calibration, **arguments)
 
 
+def test_scoring_in_bfloat16_touches_no_weight(trained: Trained) -> None:
+    budget = Budget(parameters_removed=0.5)
+    exact, fast = (
+        pruned(trained, budget=budget, config=replace(CONFIG, scoring_precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    assert fast.certificate.passed
+    for name, value in fast.model.state_dict().items():
+        assert torch.equal(value, exact.model.state_dict()[name])
+        assert value.is_contiguous()
+
+
 def test_impossible_budget_says_so_and_still_gives_a_certified_network(trained: Trained) -> None:
     strict = replace(CONFIG, max_rounds=1, candidates_per_round=1, drop_estimate="labels")
     shuffled = replace(
