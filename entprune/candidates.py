@@ -16,7 +16,7 @@ from entprune.evaluation import Precision, chunks, placed, predict_classes
 from entprune.plan import PruningPlan
 from entprune.predictions import EVALUATION_BATCH
 from entprune.selection import DenseReference, StopRule
-from entprune.stages import ImageSet, Network
+from entprune.stages import ImageSet, Network, Part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -75,18 +75,18 @@ def _score(job: CandidateJob, smaller: nn.Module) -> np.ndarray:
         return predicted
     with placed(smaller, job.device, job.precision) as network:
         while len(predicted) < len(job.validation):
-            part = job.validation.indices[len(predicted) : len(predicted) + job.stop.chunk]
+            part = (len(predicted), len(predicted) + job.stop.chunk)
             predicted = np.concatenate([predicted, classify(job, network, part)])
             if job.stop.is_decided(job.reference.drops(predicted)):
                 break
     return predicted
 
 
-def classify(job: CandidateJob, network: nn.Module, indices: np.ndarray) -> np.ndarray:
-    """(n,) classes that a placed network chooses for some images of the validation split."""
+def classify(job: CandidateJob, network: nn.Module, part: Part) -> np.ndarray:
+    """(n,) classes that a placed network chooses for a range of the validation images."""
     if job.validation is None:
         raise ValueError("expected validation images, got none; share the job that has them.")
-    split = job.validation.split
+    split, indices = job.validation.split, job.validation.indices[slice(*part)]
     return np.concatenate(
         [
             predict_classes(network, split, chosen, len(chosen), job.device)

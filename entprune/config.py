@@ -201,7 +201,7 @@ class PruneConfig:
 
     def _fast_precision(self, macs: float) -> Precision:
         """For so many multiply-accumulates; the device is this machine's, where others only do the work."""
-        is_native = has_native_bfloat16(self.device.partition(":")[0])
+        is_native = has_native_bfloat16(self.device)
         return "bfloat16" if is_native and macs >= _MUCH_SCORING else "float32"
 
     def refit(self) -> RefitConfig:
@@ -212,6 +212,11 @@ class PruneConfig:
             rectified_steps=self.rectified_steps,
             output_temperature=self.output_temperature,
         )
+
+    @property
+    def precision(self) -> Precision:
+        """In which validation images are answered; float32 where it was left open and not decided."""
+        return self.scoring_precision or "float32"
 
     @property
     def quantile(self) -> float:

@@ -178,8 +178,9 @@ def predict_logits(
     return np.concatenate(parts)
 
 
-def has_native_bfloat16(device_type: str) -> bool:
-    """Tell whether this machine has such a device that multiplies bfloat16 numbers without emulating it."""
+def has_native_bfloat16(device: str) -> bool:
+    """Tell whether this machine has a device of that name's kind that multiplies bfloat16 without emulating it."""
+    device_type = device.partition(":")[0]
     if device_type == "cuda":
         return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device_type != "cpu":

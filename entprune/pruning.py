@@ -231,8 +231,7 @@ def candidate_job(
     """Score the dense network on the validation images and bundle what candidate units read."""
     reference = None
     if validation is not None:
-        precision = config.scoring_precision or "float32"
-        logits = predict(network.model, validation, config, runner, stage="validate dense", precision=precision)
+        logits = predict(network.model, validation, config, runner, stage="validate dense", precision=config.precision)
         reference = dense_reference(logits, validation, config)
     return CandidateJob(
         network=network,
@@ -248,7 +247,7 @@ def candidate_job(
         reference=reference,
         stop=StopRule(max_drop=budget.max_accuracy_drop, quantile=config.quantile),
         device=config.device,
-        precision=config.scoring_precision or "float32",
+        precision=config.precision,
     )
 
 

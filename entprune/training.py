@@ -278,7 +278,7 @@ class _Loop:
     ) -> None:
         self.model, self.split, self.loss_function = model, split, loss_function
         self.config, self.device, self.total_steps = config, device, total_steps
-        self.is_mixed = has_native_bfloat16(device.type) if config.amp is None else config.amp
+        self.is_mixed = has_native_bfloat16(str(device)) if config.amp is None else config.amp
         self.memory_format = torch.contiguous_format
         self.optimiser = _make_optimiser(model, config)
         self.generator = torch.Generator().manual_seed(config.seed)

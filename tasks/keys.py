@@ -75,7 +75,7 @@ class StageKeys:
     def candidate(self, plan: PruningPlan) -> str:
         """One assembled network with its predictions; the budget does not matter."""
         refit = {**asdict(self.config.refit()), **self._residuals()}
-        scored = {"validation": self.validation, "precision": self.config.scoring_precision or "float32"}
+        scored = {"validation": self.validation, "precision": self.config.precision}
         return content_key("candidates", {**self._statistics(), "plan": plan.digest(), "refit": refit, **scored})
 
     def latency(self, plan: PruningPlan, batch_size: int) -> str:

@@ -185,10 +185,14 @@ def search(
 
 def reference_of(work: Workload, engine: Engine) -> DenseReference:
     """The dense network's answers on the validation images."""
-    model, key = work.network.model, work.keys.validation
-    precision = work.config.scoring_precision or "float32"
-    logits = logits_of(work, engine, model, work.validation, key, step="validate dense", precision=precision)
+    logits = validation_logits(work, engine, work.network.model, step="validate dense")
     return dense_reference(logits, work.validation, work.config)
+
+
+def validation_logits(work: Workload, engine: Engine, model: nn.Module, *, step: str) -> np.ndarray:
+    """(n, k) logits of a network on the validation images, in the precision in which all are compared there."""
+    key, precision = work.keys.validation, work.config.precision
+    return logits_of(work, engine, model, work.validation, key, step=step, precision=precision)
 
 
 def kept_latency(work: Workload, engine: Engine, plan: PruningPlan) -> float:
@@ -229,7 +233,7 @@ def candidate_job(work: Workload, statistics: Statistics, reference: DenseRefere
         reference=reference,
         stop=StopRule(max_drop=work.budget.max_accuracy_drop, quantile=config.quantile),
         device=config.device,
-        precision=config.scoring_precision or "float32",
+        precision=config.precision,
     )
 
 
@@ -321,7 +325,7 @@ def validate(
 ) -> RoundRecord:
     """Measure what a round came to against the original dense network, whose workload this is."""
     with engine.clock.stage("validate"):
-        logits = logits_of(work, engine, tuned, work.validation, work.keys.validation, step=f"validate round {number}")
+        logits = validation_logits(work, engine, tuned, step=f"validate round {number}")
         asks_latency = work.budget.latency_removed is not None
         record = judge_round(
             number, plan, logits,

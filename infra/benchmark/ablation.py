@@ -242,13 +242,14 @@ class AblationMeter:
         if trial not in ("fisher", "probes"):
             return solved.paths(config), None, solved.seconds(config)
         if trial not in self._trials:
-            paths = solved.paths(config)
+            paths = None if trial == "fisher" else solved.paths(config)
             start = time.process_time()
-            if trial == "fisher":
-                result = fisher_paths(solved.bench, config, fisher_weights(solved.bench)), None, 0.0
+            if paths is None:
+                found, losses, earlier = fisher_paths(solved.bench, config, fisher_weights(solved.bench)), None, 0.0
             else:
-                result = paths, probed_losses(paths, self._divergence(solved.bench, config)), solved.seconds(config)
-            self._trials[trial] = (*result[:2], result[2] + time.process_time() - start)
+                losses = probed_losses(paths, self._divergence(solved.bench, config))
+                found, earlier = paths, solved.seconds(config)
+            self._trials[trial] = found, losses, earlier + time.process_time() - start
         return self._trials[trial]
 
     def _divergence(self, bench: Bench, config: PruneConfig) -> Divergence:

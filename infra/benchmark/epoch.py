@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,7 +41,7 @@ class EpochMeter:
 
     def measure(self, subject: Subject, key: Key) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
         """Seconds of both and their ratio."""
-        is_native = has_native_bfloat16(torch.device(self._bench.config.device).type)
+        is_native = has_native_bfloat16(self._bench.config.device)
         formats = {"bfloat16": True} if is_native else {"bfloat16": True, "float32": False}
         before = {name: epoch_seconds(self._bench, amp=amp) for name, amp in formats.items()}
         report = prune_within(self._bench, key["max_accuracy_drop"], is_tested=False).report

@@ -37,7 +37,7 @@ def swap(problem: GroupProblem, kept: Sequence[int]) -> tuple[tuple[int, ...], i
     present, count = sorted(kept), 0
     error = _error(fits, present, problem)
     while len(present) < problem.num_channels and count <= problem.num_channels:
-        others = [channel for channel in range(problem.num_channels) if channel not in set(present)]
+        others = sorted(set(range(problem.num_channels)) - set(present))
         gains = torch.stack([fit.gains(*_features(problem, index, present, others)) for index, fit in enumerate(fits)])
         best = gains.sum(0).argsort(descending=True)[:_NEWCOMERS].tolist()
         tried = [_exchange(fits, present, others[newcomer], problem) for newcomer in best]

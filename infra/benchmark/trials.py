@@ -69,9 +69,9 @@ def _adds_squares_to(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], 
 
 def fisher_paths(bench: Bench, config: PruneConfig, weights: Mapping[str, np.ndarray]) -> dict[str, SparsityPath]:
     """Sparsity paths of regressions whose outputs count by their Fisher weights."""
-    found = {}
+    found, scales = {}, _scales(bench, weights)
     for group in bench.network.groups.groups:
-        problem = reweighted(group_problem(bench.network, group, bench.statistics), _scales(bench, weights))
+        problem = reweighted(group_problem(bench.network, group, bench.statistics), scales)
         shared = SharedSteps(problem, device=config.device)
         paths = [solve_setting(problem, setting, device=config.device, shared=shared) for setting in config.settings]
         found[group.name] = lower_envelope(group.name, len(group.consumers), paths)
