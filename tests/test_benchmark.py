@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from entprune import stages
 from entprune.assembly import slice_network
-from entprune.config import PruneConfig
-from entprune.datasets import ImageData
 from entprune.errors import ConfigError
 from entprune.plan import PruningPlan
 
@@ -24,40 +22,16 @@ pytest.importorskip("sklearn", reason="the benchmark's peers are development dep
 
 from infra.benchmark import ablation, budgets, epoch, latency, memory, scaling, selection, sweep_cost
 from infra.benchmark.__main__ import choose, main
-from infra.benchmark.networks import Bench, Folders, TrainedNetwork
+from infra.benchmark.networks import Folders
 from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
 from infra.benchmark.parts import Request
 from infra.benchmark.records import Record, Subject, all_records
 from infra.benchmark.render import ABLATION_MARKERS, BEGIN, END, replace_between_markers, short_table, write_page
 from infra.benchmark.selectors import METHODS, make_selector, select_plan
 from infra.benchmark.tables import compare, exponent
-from tests.micro_networks import IMAGE_SHAPE, Chain, random_split, warm_up
+from tests.benchmark_requests import RUN_WITH_VERSIONS, TinyRequest
 
 # --- the parts, on a network of a few channels ------------------------------------------------------------------------
-
-
-ENTRY = TrainedNetwork(
-    name="chain", checkpoint="chain.pt", data="noise", parameters_removed=(0.3, 0.5), macs_removed=(0.4,)
-)
-
-
-class TinyRequest(Request):
-    """A request whose network needs no file."""
-
-    def bench(self, calibration_samples: int | None = None) -> Bench:
-        torch.manual_seed(0)
-        train, test = random_split(1800), random_split(200, seed=1)
-        data = ImageData(
-            name="noise", train=train, test=test, num_classes=3, input_shape=IMAGE_SHAPE, mean=train.mean,
-            std=train.std, class_names=("a", "b", "c"), sha256="d",
-        )  # fmt: skip
-        config = PruneConfig(
-            seed=self.seed,
-            calibration_samples=min(calibration_samples or 192, 192),
-            validation_samples=200,
-            min_rows=500,
-        )
-        return Bench(ENTRY, warm_up(Chain()), data, config, "c")
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +88,6 @@ def measure_to(folder: Path, part: str, network: str, cells: list[tuple[dict, di
     record = Record(subject.path(folder), subject)
     for key, values in cells:
         record.put(key, values, RUN_WITH_VERSIONS)
-
-
-RUN_WITH_VERSIONS = {
-    "command": "make benchmark PART=x", "code_commit": "0123456789abcdef", "environment": {"threads": 1, "torch": "2"},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ pytest.importorskip("sklearn", reason="the benchmark's peers are development dep
 
 from infra.benchmark import ablation, trials
 from infra.benchmark.networks import Folders
+from tests.benchmark_requests import TinyRequest
 from tests.regression_problems import random_problem
-from tests.test_benchmark import TinyRequest
 
 # --- the parts, on a network of a few channels ------------------------------------------------------------------------
 

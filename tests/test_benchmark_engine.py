@@ -18,7 +18,7 @@ from infra.benchmark.engine_tables import actors_section, engine_section
 from infra.benchmark.networks import Folders
 from infra.benchmark.parts import Request
 from infra.benchmark.records import Record, Subject
-from tests.test_benchmark import RUN_WITH_VERSIONS, TinyRequest
+from tests.benchmark_requests import RUN_WITH_VERSIONS, TinyRequest
 
 
 def record_of(part: str, values: list[dict], facts: dict) -> dict:

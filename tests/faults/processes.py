@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.servers import answers, free_port
 
 
 def worker_pids(session: str, *, busy: bool | None = None) -> list[int]:
@@ -57,13 +57,6 @@ def kill(pid: int) -> None:
         return
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @dataclass
 class Server:
     """A server in a process of its own that can be killed and started again on the same data.
@@ -94,11 +87,7 @@ class Server:
 
     def answers(self) -> bool:
         """Whether it is there."""
-        try:
-            with urllib.request.urlopen(self.health, timeout=2) as response:  # noqa: S310 -- on this machine
-                return response.status == 200
-        except OSError:
-            return False
+        return answers(self.health)
 
     def kill(self) -> None:
         """SIGKILL to it and everything that it started."""
