@@ -91,8 +91,8 @@ class PruneConfig:
 
     Attributes:
         calibration_samples: training images whose moments are taken; None for as many as :meth:`sized_for` finds fit.
-        validation_samples: further training images on which candidates are compared, none of them a calibration
-            image; None likewise.
+        validation_samples: images on which candidates are compared, at most so many: of the data's own validation
+            split, or else further training images, none of them a calibration image; None likewise.
         calibration_shards: independent parts of the data pass; fixed, so that the plan does not depend on the worker
             count.
         batch_size: images per forward pass.
@@ -107,7 +107,8 @@ class PruneConfig:
         keep: shell patterns of layers that must not change.
         relative_ridge, reestimate_batchnorm, rectified_steps, output_temperature: see RefitConfig.
         correct_residuals: let the last layer of a residual branch make up for the error of the stream it is added to.
-        drop_estimate: how the drop on new images is estimated: "labels", "posterior" or "blend" (entprune.selection).
+        drop_estimate: how the drop on new images is estimated: "labels", "posterior" or "blend" (entprune.selection);
+            None for "labels" on a validation split that the network has not seen, else "posterior".
         scoring_precision: in which products the dense network and candidates answer the validation images; None for
             bfloat16 where that is much work and the device does it natively, else float32. Weights are estimated, and
             the certificate and the test images computed, in float32 in any case.
@@ -141,7 +142,7 @@ class PruneConfig:
     rectified_steps: int = 2
     output_temperature: float = 2.0
     correct_residuals: bool = True
-    drop_estimate: DropEstimate = "posterior"
+    drop_estimate: DropEstimate | None = None
     scoring_precision: Precision | None = None
     confidence: float = 0.95
     candidates_per_round: int = 2
@@ -167,7 +168,7 @@ class PruneConfig:
             raise ConfigError(f"minimum_fraction must lie in [0, 1], got {self.minimum_fraction}.")
         if not self.settings:
             raise ConfigError("settings must hold at least one path setting, got none.")
-        _check_choice("drop_estimate", self.drop_estimate, DROP_ESTIMATES)
+        _check_choice("drop_estimate", self.drop_estimate, (None, *DROP_ESTIMATES))
         _check_choice("scoring_precision", self.scoring_precision, (None, *PRECISIONS))
         if not 0.5 <= self.confidence < 1.0:
             raise ConfigError(f"confidence must lie in [0.5, 1), got {self.confidence}.")
@@ -177,8 +178,10 @@ class PruneConfig:
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}.")
 
-    def sized_for(self, macs: int) -> PruneConfig:
-        """The same with the numbers of images and the precision that were left open, by the cost of the dense network.
+    def sized_for(self, macs: int, *, has_unseen: bool = False) -> PruneConfig:
+        """The same with what was left open: numbers of images, precision, and how the drop is estimated.
+
+        The first two follow from the cost of the dense network.
 
         Small networks get more images, for they cost little and their fully connected layers see one row an image.
         Candidates are smaller still, and are looked at until their verdict is clear: more images to validate on make
@@ -186,6 +189,7 @@ class PruneConfig:
 
         Args:
             macs: multiply-accumulates of one image.
+            has_unseen: whether the validation images are new to the network.
         """
 
         def more(usual: float) -> float:
@@ -196,6 +200,7 @@ class PruneConfig:
             self,
             calibration_samples=self.calibration_samples or round(_CALIBRATION_SAMPLES * more(_CALIBRATION_MACS)),
             validation_samples=validation,
+            drop_estimate=self.drop_estimate or ("labels" if has_unseen else "posterior"),
             scoring_precision=self.scoring_precision or self._fast_precision(validation * macs),
         )
 

@@ -106,5 +106,5 @@ def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -
     return DenseReference(
         labels=images.split.labels[images.indices],
         probabilities=torch.from_numpy(logits).softmax(1).numpy(),
-        estimate=config.drop_estimate,
+        estimate=config.drop_estimate or "posterior",
     )

@@ -164,7 +164,8 @@ def prune(
         typer.Option(metavar="N", help="Training images for the statistics; more by default for small networks."),
     ] = None,
     validation_samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Further training images that candidates are compared on.")
+        int | None,
+        typer.Option(metavar="N", help="Images to compare candidates on: the data's validation split's, or of train."),
     ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Parallel workers; all cores by default.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(metavar="X", help="GPUs each worker reserves; may be 0.5.")] = 0.0,

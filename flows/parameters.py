@@ -89,7 +89,7 @@ with warnings.catch_warnings():
         calibration_samples: int | None = Field(default=_DEFAULTS.calibration_samples, ge=1)
         """Training images for the statistics; more by default for small networks."""
         validation_samples: int | None = Field(default=_DEFAULTS.validation_samples, ge=1)
-        """Further training images that candidates are compared on."""
+        """Images that candidates are compared on: of the data's validation split, or else further training images."""
         workers: int | None = Field(default=None, ge=1)
         """Ray actors at work side by side; by default as many as the cluster's CPUs allow."""
         gpus_per_worker: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)

@@ -220,6 +220,7 @@ def _report(
             "std": list(data.std),
             "calibration_samples": len(work.calibration),
             "validation_samples": len(work.validation),
+            "validation_split": work.validation_split,
             "test_samples": len(work.test),
         },
         validation_accuracy=outcome.pruned.validation_accuracy,

@@ -116,13 +116,15 @@ def _figures_table(content: Mapping[str, Any]) -> list[str]:
 
 def _origin_lines(content: Mapping[str, Any]) -> list[str]:
     lineage, data = content["lineage"], content["data"]
+    is_apart = data.get("validation_split") == "validation"
     entries = {
         "unpruned version": lineage.get("dense_version"),
         "checkpoint of the unpruned network, SHA-256": lineage.get("checkpoint_sha256"),
         "data": f"{data_name(data['spec'])}, SHA-256 {data['sha256']}",
         "images": (
-            f"{data['calibration_samples']:,} training images for the weights, {data['validation_samples']:,} further "
-            f"ones to choose by, {data['test_samples']:,} test images for the figures above"
+            f"{data['calibration_samples']:,} training images for the weights, {data['validation_samples']:,} "
+            f"{'of the validation split' if is_apart else 'further ones'} to choose by, "
+            f"{data['test_samples']:,} test images for the figures above"
         ),
         "code": lineage.get("code_version"),
         "MLflow run": lineage.get("mlflow_run_id"),

@@ -33,7 +33,7 @@ from tasks.stages import (
     reference_of,
 )
 from tasks.store import Store
-from tasks.workload import Calibration, Engine, Inputs, Workload, stage_task
+from tasks.workload import Calibration, Engine, Inputs, Workload, decided, stage_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ def load(
     works = []
     with clock.stage("load"):
         for inputs, (wish, budget) in zip(read(), wishes, strict=True):
-            config = wish.sized_for(inputs.network.dense_macs())
+            config = decided(wish, inputs)
             name = (id(inputs.network), config.calibration_samples, config.validation_samples, config.seed)
             if name not in grounds:
                 grounds[name] = Workload(inputs, config, budget)

@@ -17,7 +17,7 @@ from entprune.artifact import ModelCard
 from entprune.calibration import LayerStatistics
 from entprune.candidates import answers_only
 from entprune.config import Budget, PruneConfig
-from entprune.datasets import ArraySplit, ImageData, ImageSplit, split_training
+from entprune.datasets import ArraySplit, ImageData, ImageSplit, choose_validation, split_training
 from entprune.errors import EntpruneError
 from entprune.stages import ImageSet, Network, analyse
 from tasks.actors import RayRunner
@@ -53,6 +53,7 @@ class Workload:
         data: whole data set.
         checkpoint_sha256: of the file that the weights came from.
         calibration, validation, test: images of each purpose, cut out of their splits.
+        validation_split: of the data that the validation images are from, "validation" or "train".
         validation_indices: of the validation images in the train split.
         config, budget: what is asked.
         keys: of stored results.
@@ -60,7 +61,7 @@ class Workload:
 
     def __init__(self, inputs: Inputs, config: PruneConfig, budget: Budget) -> None:
         self.network, self.data, self.checkpoint_sha256 = inputs.network, inputs.data, inputs.checkpoint_sha256
-        self.config = config = config.sized_for(self.network.dense_macs())
+        self.config = config = decided(config, inputs)
         self.budget = budget
         calibration, self.validation_indices = split_training(
             self.data,
@@ -68,14 +69,19 @@ class Workload:
             validation=config.validation_samples or 0,
             seed=config.seed,
         )
+        self.validation_split, split, chosen = "train", self.data.train, self.validation_indices
+        if self.data.validation is not None:
+            self.validation_split, split = "validation", self.data.validation
+            chosen = choose_validation(self.data, number=config.validation_samples or 0, seed=config.seed)
+            self.validation_indices = np.empty(0, dtype=np.int64)
         everything = np.arange(len(self.data.test))
         self.calibration = cut_out(self.data.train, calibration)
-        self.validation = cut_out(self.data.train, self.validation_indices)
+        self.validation = cut_out(split, chosen)
         self.test = ImageSet(split=self.data.test, indices=everything)
         self.keys = StageKeys(
             network=hash_network(self.network.model),
             calibration=hash_images(self.data, "train", calibration),
-            validation=hash_images(self.data, "train", self.validation_indices),
+            validation=hash_images(self.data, self.validation_split, chosen),
             test=hash_images(self.data, "test", everything),
             config=config,
         )
@@ -100,6 +106,11 @@ class Workload:
             std=data.std,
             class_names=data.class_names,
         )
+
+
+def decided(config: PruneConfig, inputs: Inputs) -> PruneConfig:
+    """The settings with what was left open decided by the network and the data."""
+    return config.sized_for(inputs.network.dense_macs(), has_unseen=inputs.data.validation is not None)
 
 
 def cut_out(split: ImageSplit, indices: np.ndarray) -> ImageSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from entprune.datasets import ArraySplit, ImageData, load_data, split_training
+from entprune.datasets import ArraySplit, ImageData, choose_validation, load_data, split_training
 from entprune.errors import DataError
 
 SHARED_MNIST = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "mnist"
@@ -124,6 +125,19 @@ def test_hash_follows_pixels_and_labels(tmp_path: Path) -> None:
     assert len(hashes) == 5
 
 
+def test_validation_split_of_an_archive(tmp_path: Path) -> None:
+    without = load_data(written(tmp_path))
+    assert without.validation is None
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 5, 4, 3), dtype=np.uint8)
+    data = load_data(written(tmp_path, x_val=pixels, y_val=np.array([2, 1, 0, 1])))
+    assert data.validation is not None
+    assert data.validation.labels.tolist() == [2, 1, 0, 1]
+    expected = (pixels[3].transpose(2, 0, 1) / 255 - np.reshape(data.mean, (3, 1, 1))) / np.reshape(data.std, (3, 1, 1))
+    assert np.allclose(data.validation.batch(np.array([3]))[0], expected, atol=1e-5)
+    assert data.sha256 != without.sha256
+    assert torch.equal(data.train.batch(np.arange(12)), without.train.batch(np.arange(12)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -145,6 +159,9 @@ def test_hash_follows_pixels_and_labels(tmp_path: Path) -> None:
         ({"x_test": np.zeros((6, 7, 4, 3))}, r"one shape .*got \(3, 5, 4\) and \(3, 7, 4\)"),
         ({"y_train": np.array([None] * 12)}, "an array cannot be read .*plain numeric arrays"),
         ({"class_names": np.array(["ant"]), "num_classes": np.array(3)}, "expected 3 class names, got 1"),
+        ({"x_val": np.zeros((6, 5, 4, 3), np.uint8)}, "missing arrays y_val; found x_train"),
+        ({"x_val": np.zeros((6, 7, 4, 3)), "y_val": np.arange(6) % 3}, r"train and validation images of one shape"),
+        ({"x_val": np.zeros((6, 5, 4, 3)), "y_val": np.arange(6)}, r"validation split: expected labels in \[0, 3\)"),
     ],
 )
 def test_unusable_npz_is_explained(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -262,6 +279,23 @@ def test_image_folder(image_folder: Path) -> None:
     assert (images[0, 0].max(), images[1, 0].min()) == (0, 1)
 
 
+def test_image_folder_with_both_test_and_val(image_folder: Path) -> None:
+    spec = f"imagefolder:{image_folder}"
+    assert load_data(spec).validation is None, "val is what there is to test on"
+    before = load_data(spec).sha256
+    for class_name in ("ant", "bee"):
+        (image_folder / "test" / class_name).mkdir(parents=True)
+        Image.new("RGB", (40, 30), (0, 0, 255)).save(image_folder / "test" / class_name / "0.png")
+    data = load_data(spec, image_size=16, mean=(0, 0, 0), std=(1, 1, 1))
+    assert data.validation is not None
+    assert (len(data.train), len(data.validation), len(data.test)) == (6, 4, 2)
+    assert data.test.batch(np.array([0]))[0, 2].min() == 1, "the blue image is in test"
+    assert load_data(spec).sha256 != before
+    (image_folder / "val" / "cow").mkdir()
+    with pytest.raises(DataError, match="classes cow are in 'val' but not in 'train'"):
+        load_data(spec)
+
+
 def test_image_folder_defaults(image_folder: Path) -> None:
     data = load_data(f"imagefolder:{image_folder}")
     assert data.input_shape == (3, 224, 224)
@@ -336,6 +370,19 @@ def test_division_keeps_classes_in_proportion() -> None:
     for part in (*parts, parts[0][:50]):
         shares = np.bincount(labels[part], minlength=3) / len(part)
         assert np.abs(shares - [0.6, 0.3, 0.1]).max() <= 0.05
+
+
+def test_choice_from_a_validation_split_keeps_classes_in_proportion() -> None:
+    data = make_data(np.arange(40) % 4)
+    with pytest.raises(DataError, match="expected a validation split, got none"):
+        choose_validation(data, number=10, seed=0)
+    labels = np.repeat([0, 1, 2], [600, 300, 100])
+    data = dataclasses.replace(data, validation=make_data(labels).train)
+    chosen = choose_validation(data, number=200, seed=0)
+    assert len(np.unique(chosen)) == 200
+    assert np.abs(np.bincount(labels[chosen], minlength=3) / 200 - [0.6, 0.3, 0.1]).max() <= 0.05
+    assert not np.array_equal(chosen, choose_validation(data, number=200, seed=1))
+    assert len(np.unique(choose_validation(data, number=5000, seed=0))) == 1000
 
 
 def test_division_follows_the_seed() -> None:

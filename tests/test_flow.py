@@ -18,18 +18,20 @@ from prefect.client.schemas.filters import ArtifactFilter
 
 import entprune
 from entprune.checkpoints import save_state, sha256_file
-from entprune.datasets import ImageData, load_data, split_training
+from entprune.datasets import ArraySplit, ImageData, load_data, split_training
 from entprune.errors import CertificateError, CheckpointError, EngineError, EntpruneError, OutputError
+from entprune.evaluation import predict_logits
 from entprune.models import build_model
 from entprune.runner import InProcessRunner
 from entprune.training import TrainConfig, train
 from flows.parameters import PruneParameters
+from flows.preflight import load_inputs
 from flows.prune_model import prune_model
 from flows.workers import worker_config, worker_shape
 from tasks.cluster import connect
 from tasks.progress import report_to
 from tasks.registry import load_registered
-from tasks.workload import cut_out, is_worth_retrying
+from tasks.workload import Workload, cut_out, is_worth_retrying
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -98,6 +100,49 @@ def run(parameters: PruneParameters) -> tuple[dict[str, Any], Recorder]:
 @pytest.fixture(scope="module")
 def first(ground: Ground) -> tuple[dict[str, Any], Recorder]:
     return run(ground.parameters("first", register="digits"))
+
+
+@pytest.fixture
+def with_validation(ground: Ground, tmp_path: Path) -> str:
+    """The digits with the last hundred training images as a split of their own."""
+    training, test = ground.data.train, ground.data.test
+    assert isinstance(training, ArraySplit)
+    assert isinstance(test, ArraySplit)
+    path = tmp_path / "digits.npz"
+    np.savez(
+        path, x_train=training.images[:-100], y_train=training.labels[:-100], x_val=training.images[-100:],
+        y_val=training.labels[-100:], x_test=test.images, y_test=test.labels,
+    )  # fmt: skip
+    return f"npz:{path}"
+
+
+def test_candidates_are_compared_on_the_validation_split_of_the_data(
+    ground: Ground, with_validation: str, tmp_path: Path
+) -> None:
+    mean, std = ground.data.mean, ground.data.std
+    changes = {"mean": mean, "std": std, "max_accuracy_drop": 5.0, "cache_dir": tmp_path / "cache"}
+    report, _ = run(ground.parameters("apart", data=with_validation, **changes))
+    assert report["data"]["validation_split"] == "validation"
+    assert report["data"]["validation_samples"] == report["validation"]["images"] == 100
+    assert report["settings"]["drop_estimate"] == "labels"
+    chosen = next(entry for entry in report["candidates"] if entry["accepted"])
+    assert chosen["validation_drop"] == chosen["validation_label_drop"]
+    data = load_data(with_validation, mean=mean, std=std)
+    assert data.validation is not None
+    logits = predict_logits(ground.model.eval(), data.validation, np.arange(100), 64, "cpu")
+    right = 100.0 * float((logits.argmax(1) == data.validation.labels).mean())
+    assert report["validation"]["dense_accuracy"] == pytest.approx(right)
+
+
+def test_fine_tuning_may_learn_from_all_training_images_where_validation_is_apart(
+    ground: Ground, with_validation: str
+) -> None:
+    parameters = ground.parameters("workload", data=with_validation)
+    work = Workload(load_inputs(parameters), parameters.config(), parameters.budget())
+    assert (work.validation_split, len(work.validation), len(work.validation_indices)) == ("validation", 100, 0)
+    usual = Workload(load_inputs(ground.parameters("usual")), parameters.config(), parameters.budget())
+    assert (usual.validation_split, len(usual.validation), len(usual.validation_indices)) == ("train", 300, 300)
+    assert usual.config.drop_estimate == "posterior"
 
 
 def plan_of(report: dict[str, Any]) -> str:

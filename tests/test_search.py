@@ -396,6 +396,12 @@ def test_small_networks_are_given_more_images(macs: int, calibration: int, valid
     assert PruneConfig(calibration_samples=7).sized_for(macs).calibration_samples == 7
 
 
+def test_labels_are_trusted_on_unseen_images_alone() -> None:
+    assert PruneConfig().sized_for(1).drop_estimate == "posterior"
+    assert PruneConfig().sized_for(1, has_unseen=True).drop_estimate == "labels"
+    assert PruneConfig(drop_estimate="blend").sized_for(1, has_unseen=True).drop_estimate == "blend"
+
+
 @pytest.mark.parametrize(
     ("macs", "is_native", "expected"),
     [(2_293_000, True, "float32"), (313_000_000, True, "bfloat16"), (313_000_000, False, "float32")],

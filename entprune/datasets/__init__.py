@@ -11,13 +11,13 @@ import numpy as np
 from entprune.datasets.arrays import DOWNLOADED, load_digits, load_downloaded, load_npz
 from entprune.datasets.checks import check_labels, check_pairing
 from entprune.datasets.folder import load_folder
-from entprune.datasets.order import split_training
+from entprune.datasets.order import choose_validation, split_training
 from entprune.datasets.splits import ArraySplit, FolderSplit, ImageData
 from entprune.errors import DataError
 from entprune.evaluation import ImageSplit
 from entprune.models.specs import call_factory, describe_unknown, is_code_spec
 
-__all__ = ["ArraySplit", "FolderSplit", "ImageData", "ImageSplit", "load_data", "split_training"]
+__all__ = ["ArraySplit", "FolderSplit", "ImageData", "ImageSplit", "choose_validation", "load_data", "split_training"]
 
 _SPEC_FORMS = ("digits", *DOWNLOADED, "npz:FILE", "imagefolder:DIR", "package.module:factory")
 
@@ -38,10 +38,12 @@ def load_data(
 
             - ``digits``: scikit-learn's 8x8 digits, values 0..16 scaled to 0..1, a fixed stratified quarter to test;
             - ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``: torchvision's layout under ``root``;
-            - ``npz:FILE``: arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, and if wanted ``num_classes`` and
-              ``class_names``; images (n, h, w), (n, h, w, c) or (n, c, h, w), where c is the smaller of the outer axes;
+            - ``npz:FILE``: arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, and if wanted ``x_val`` and
+              ``y_val`` (a validation split), ``num_classes`` and ``class_names``; images (n, h, w), (n, h, w, c) or
+              (n, c, h, w), where c is the smaller of the outer axes;
               FILE may be a URI that fsspec opens, such as ``s3://bucket/images.npz``;
-            - ``imagefolder:DIR``: files in ``train/CLASS/`` and ``test/CLASS/`` or ``val/CLASS/``;
+            - ``imagefolder:DIR``: files in ``train/CLASS/`` and ``test/CLASS/`` or ``val/CLASS/``; of both, ``val`` is
+              the validation split;
             - ``package.module:factory``: a function that returns an :class:`ImageData`; it gets those of the arguments
               below that it accepts.
         root: folder of downloaded data; ``data`` in the current folder by default.
@@ -81,7 +83,9 @@ def _load_from_factory(spec: str, options: dict[str, Any]) -> ImageData:
         raise DataError(f"factory '{spec}': it accepts no {', '.join(ignored)}; leave them out.")
     if not isinstance(data, ImageData):
         raise DataError(f"factory '{spec}': expected it to return an ImageData, got {type(data).__name__}.")
-    for part, split in (("train", data.train), ("test", data.test)):
+    for part, split in (("train", data.train), ("test", data.test), ("validation", data.validation)):
+        if split is None:
+            continue
         labels = check_labels(spec, part, np.asarray(split.labels))
         check_pairing(spec, part, len(split), labels, data.num_classes)
         shape = tuple(split.batch(np.arange(1)).shape)

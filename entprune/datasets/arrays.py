@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ DOWNLOADED = {
     "cifar100": ("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 _NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_NPZ_VALIDATION = ("x_val", "y_val")
 _DIGITS_MEAN, _DIGITS_STD = (0.3053,), (0.3761,)  # of all digits after scaling 0..16 to 0..1
 
 
@@ -44,7 +45,7 @@ def load_digits(mean: Sequence[float] | None, std: Sequence[float] | None) -> Im
     test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
     return _make_array_data(
         "digits",
-        (images[train], digits.target[train], images[test], digits.target[test]),
+        {"train": (images[train], digits.target[train]), "test": (images[test], digits.target[test])},
         mean=_DIGITS_MEAN if mean is None else mean,
         std=_DIGITS_STD if std is None else std,
         class_names=[str(digit) for digit in range(10)],
@@ -60,9 +61,10 @@ def load_downloaded(
     class_name, usual_mean, usual_std = DOWNLOADED[name]
     factory = getattr(torchvision.datasets, class_name)
     train, test = (_open_downloaded(name, factory, root, is_train, download) for is_train in (True, False))
+    parts = {"train": train, "test": test}
     return _make_array_data(
         name,
-        (np.asarray(train.data), np.asarray(train.targets), np.asarray(test.data), np.asarray(test.targets)),
+        {part: (np.asarray(split.data), np.asarray(split.targets)) for part, split in parts.items()},
         mean=usual_mean if mean is None else mean,
         std=usual_std if std is None else std,
         class_names=train.classes,
@@ -90,12 +92,11 @@ def _open_downloaded(name: str, factory: Callable[..., Any], root: Path, is_trai
 def load_npz(spec: str, location: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> ImageData:
     """Load the user's own arrays from one archive, a file or what a URI names."""
     arrays = _read_npz(spec, _fetch(spec, location) if "://" in location else _existing(spec, Path(location)))
-    x_train, y_train, x_test, y_test = (arrays[name] for name in _NPZ_ARRAYS)
+    parts = {"train": "train", "test": "test", "validation": "val"}
+    splits = {part: (arrays[f"x_{end}"], arrays[f"y_{end}"]) for part, end in parts.items() if f"x_{end}" in arrays}
     num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else None
     class_names = [str(name) for name in arrays["class_names"].ravel()] if "class_names" in arrays else None
-    return _make_array_data(
-        spec, (x_train, y_train, x_test, y_test), mean=mean, std=std, class_names=class_names, num_classes=num_classes
-    )
+    return _make_array_data(spec, splits, mean=mean, std=std, class_names=class_names, num_classes=num_classes)
 
 
 def _existing(spec: str, path: Path) -> Path:
@@ -131,16 +132,15 @@ def _read_npz(spec: str, source: Path | io.BytesIO) -> dict[str, npt.NDArray[Any
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise DataError(f"data '{spec}': expected an .npz archive, got a single array; save it with numpy.savez.")
     with archive:
-        missing = [name for name in _NPZ_ARRAYS if name not in archive.files]
+        wanted = (*_NPZ_ARRAYS, *_NPZ_VALIDATION) if set(_NPZ_VALIDATION) & set(archive.files) else _NPZ_ARRAYS
+        missing = [name for name in wanted if name not in archive.files]
         if missing:
             found = ", ".join(archive.files) or "none"
             raise DataError(
                 f"data '{spec}': missing arrays {', '.join(missing)}; found {found}; save them by these names."
             )
         try:
-            return {
-                name: archive[name] for name in archive.files if name in (*_NPZ_ARRAYS, "num_classes", "class_names")
-            }
+            return {name: archive[name] for name in archive.files if name in (*wanted, "num_classes", "class_names")}
         except Exception as cause:  # object arrays, a broken archive member, a wrong checksum
             raise DataError(
                 f"data '{spec}': an array cannot be read ({str(cause).splitlines()[0]}); save plain numeric arrays."
@@ -149,41 +149,45 @@ def _read_npz(spec: str, source: Path | io.BytesIO) -> dict[str, npt.NDArray[Any
 
 def _make_array_data(
     name: str,
-    arrays: tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]],
+    arrays: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]],
     *,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
 ) -> ImageData:
-    """Check images and labels of both splits (x_train, y_train, x_test, y_test) and put them together."""
-    x_train, x_test = (check_images(name, part, arrays[k]) for part, k in (("train", 0), ("test", 2)))
-    y_train, y_test = (check_labels(name, part, arrays[k]) for part, k in (("train", 1), ("test", 3)))
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise DataError(
-            f"data '{name}': expected train and test images of one shape (c, h, w), "
-            f"got {x_train.shape[1:]} and {x_test.shape[1:]}."
-        )
+    """Check images and labels of the splits "train", "test" and perhaps "validation", and put them together."""
+    images = {part: check_images(name, part, x) for part, (x, _) in arrays.items()}
+    labels = {part: check_labels(name, part, y) for part, (_, y) in arrays.items()}
+    x_train, y_train = images["train"], labels["train"]
+    for part, found in images.items():
+        if found.shape[1:] != x_train.shape[1:]:
+            raise DataError(
+                f"data '{name}': expected train and {part} images of one shape (c, h, w), "
+                f"got {x_train.shape[1:]} and {found.shape[1:]}."
+            )
     if num_classes is None:
         num_classes = len(class_names) if class_names is not None else int(y_train.max(initial=-1)) + 1
     if class_names is not None and len(class_names) != num_classes:
         raise DataError(f"data '{name}': expected {num_classes} class names, got {len(class_names)}.")
-    for part, images, labels in (("train", x_train, y_train), ("test", x_test, y_test)):
-        check_pairing(name, part, len(images), labels, num_classes)
+    for part in arrays:
+        check_pairing(name, part, len(images[part]), labels[part], num_classes)
     if mean is None or std is None:
         own_mean, own_std = _measure_channels(x_train)
         mean, std = (own_mean if mean is None else mean), (own_std if std is None else std)
     mean, std = check_normalisation(name, mean, std, x_train.shape[1])
+    splits = {part: ArraySplit(images=images[part], labels=labels[part], mean=mean, std=std) for part in arrays}
     return ImageData(
         name=name,
-        train=ArraySplit(images=x_train, labels=y_train, mean=mean, std=std),
-        test=ArraySplit(images=x_test, labels=y_test, mean=mean, std=std),
+        train=splits["train"],
+        test=splits["test"],
         num_classes=num_classes,
         input_shape=(x_train.shape[1], x_train.shape[2], x_train.shape[3]),
         mean=mean,
         std=std,
         class_names=tuple(map(str, range(num_classes) if class_names is None else class_names)),
-        sha256=_hash_arrays((x_train, y_train, x_test, y_test)),
+        sha256=_hash_arrays(array for part in arrays for array in (images[part], labels[part])),
+        validation=splits.get("validation"),
     )
 
 

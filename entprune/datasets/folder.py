@@ -23,25 +23,27 @@ _DEFAULT_IMAGE_SIZE = 224
 def load_folder(
     spec: str, folder: Path, mean: Sequence[float] | None, std: Sequence[float] | None, image_size: int | None
 ) -> ImageData:
-    """Load ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``); labels number the sorted class names."""
+    """Load ``train/CLASS/``, ``test/CLASS/`` and ``val/CLASS/``; labels number the sorted class names.
+
+    One of the last two will do, to test; where there are both, ``val`` is the validation split.
+    """
     image_size = _DEFAULT_IMAGE_SIZE if image_size is None else image_size
-    test_folder = folder / "test" if (folder / "test").is_dir() else folder / "val"
-    if not (folder / "train").is_dir() or not test_folder.is_dir():
+    others = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    if not (folder / "train").is_dir() or not others:
         raise DataError(f"data '{spec}': expected folders 'train' and 'test' (or 'val') in '{folder}'; check the path.")
     if image_size < 1:
         raise DataError(f"data '{spec}': expected image_size >= 1, got {image_size}.")
     class_names = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
-    strangers = sorted({entry.name for entry in test_folder.iterdir() if entry.is_dir()} - set(class_names))
-    if strangers:
-        raise DataError(
-            f"data '{spec}': classes {', '.join(strangers)} are in '{test_folder.name}' but not in 'train'."
-        )
+    for part in others:
+        strangers = sorted({entry.name for entry in part.iterdir() if entry.is_dir()} - set(class_names))
+        if strangers:
+            raise DataError(f"data '{spec}': classes {', '.join(strangers)} are in '{part.name}' but not in 'train'.")
     means, stds = check_normalisation(
         spec, _IMAGENET_MEAN if mean is None else mean, _IMAGENET_STD if std is None else std, 3
     )
     splits = []
     digest = hashlib.sha256(f"{image_size}\n".encode())
-    for part in (folder / "train", test_folder):
+    for part in (folder / "train", *others):
         paths, labels = _list_images(part, class_names)
         check_pairing(spec, part.name, len(paths), labels, len(class_names))
         for path in paths:
@@ -57,6 +59,7 @@ def load_folder(
         std=stds,
         class_names=tuple(class_names),
         sha256=digest.hexdigest(),
+        validation=splits[2] if len(others) > 1 else None,
     )
 
 

@@ -40,6 +40,25 @@ def split_training(
     return order[: min(calibration, half)], order[len(order) - num_validation :]
 
 
+def choose_validation(data: ImageData, *, number: int, seed: int) -> npt.NDArray[np.int64]:
+    """Draw images of the data's own validation split, with the classes in proportion.
+
+    Args:
+        data: whose validation split is read.
+        number: of images; at most all are taken.
+        seed: of the shuffle.
+
+    Returns:
+        Indices into ``data.validation``.
+
+    Raises:
+        DataError: the data have no such split.
+    """
+    if data.validation is None:
+        raise DataError(f"data '{data.name}': expected a validation split, got none.")
+    return balanced_order(data.validation.labels, np.random.default_rng(seed))[:number]
+
+
 def balanced_order(labels: Labels, generator: np.random.Generator) -> npt.NDArray[np.int64]:
     """Shuffle so that every stretch holds the classes in proportion: the k-th of m images of a class lies near k/m."""
     position = np.empty(len(labels))

@@ -1,4 +1,4 @@
-"""What a data set is: two splits of labelled images that are decoded and normalised when a batch is asked for.
+"""What a data set is: splits of labelled images that are decoded and normalised when a batch is asked for.
 
 Axes: n samples, c channels, h and w pixels.
 """
@@ -94,7 +94,7 @@ class ImageData:
 
     Attributes:
         name: the specification it was loaded by.
-        train: for training, calibration and validation.
+        train: for training and calibration, and for validation where there is no split for it.
         test: for the final measurement only.
         num_classes: labels lie in [0, num_classes).
         input_shape: (c, h, w) of one image.
@@ -103,6 +103,7 @@ class ImageData:
         class_names: one for each class.
         sha256: of the images before normalisation and the labels, not of mean and std. For ``imagefolder`` of the
             sorted relative paths, the file sizes and the image size, not of what is in the files.
+        validation: to choose by; images that the network was not trained on. None if there is no such split.
     """
 
     name: str
@@ -114,6 +115,7 @@ class ImageData:
     std: tuple[float, ...]
     class_names: tuple[str, ...]
     sha256: str
+    validation: ImageSplit | None = None
 
 
 def _normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

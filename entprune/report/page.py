@@ -86,13 +86,19 @@ def render_page(report: Mapping[str, Any], plots: Mapping[str, str]) -> str:
 # --- sections -------------------------------------------------------------------------------------------------------
 
 
+def _origin(data: Mapping[str, Any]) -> str:
+    """Where the images to choose by are from, if that is known."""
+    split = data.get("validation_split")
+    return f" of the {split} split" if split else ""
+
+
 def _headline(report: Mapping[str, Any]) -> str:
     data, budget, certificate = report["data"], report["budget"], report.get("certificate")
     channels, height, width = report["model"]["input_shape"]
     facts = (
         f"Data: {data.get('spec') or 'images passed in process'}, {channels} × {height} × {width} pixels, "
         f"{report['model']['num_classes']} classes; {data['calibration_samples']:,} images to calibrate, "
-        f"{data['validation_samples']:,} to choose, {data['test_samples']:,} to test."
+        f"{data['validation_samples']:,}{_origin(data)} to choose, {data['test_samples']:,} to test."
     )
     verdicts = (
         _verdict(report.get("budget_met"), f"Asked: {describe_budget(budget)}. {describe_outcome(report)}"),

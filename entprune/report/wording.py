@@ -192,7 +192,8 @@ def _accuracy_warnings(report: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"The unpruned network scores {validation_accuracy:.2f} % on the validation images and "
             f"{dense_accuracy:.2f} % on the test images: it has probably seen the validation images in "
-            "training, so accuracies on them are optimistic; trust the test figures."
+            "training, so accuracies on them are optimistic; trust the test figures, or give data with a validation "
+            "split that it has not seen."
         )
     allowed = report["budget"].get("max_accuracy_drop")
     if allowed is None:
