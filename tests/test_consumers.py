@@ -201,6 +201,12 @@ def make_report(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
+def test_version_page_says_where_the_images_to_choose_by_are_from() -> None:
+    report = make_report()
+    report["data"] = {**report["data"], "validation_split": "validation"}
+    assert "300 of the validation split to choose by" in version_page(report, "small")
+
+
 def test_page_tells_the_story_without_the_folders_of_the_machine() -> None:
     page = version_page(make_report(), "small")
     for fragment in (
