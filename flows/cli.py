@@ -165,7 +165,7 @@ def prune(
     ] = None,
     validation_samples: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Images to compare candidates on: the data's validation split's, or of train."),
+        typer.Option(metavar="N", help="Images of the validation split, or else of train, to compare candidates on."),
     ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Parallel workers; all cores by default.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(metavar="X", help="GPUs each worker reserves; may be 0.5.")] = 0.0,

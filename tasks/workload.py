@@ -54,7 +54,7 @@ class Workload:
         checkpoint_sha256: of the file that the weights came from.
         calibration, validation, test: images of each purpose, cut out of their splits.
         validation_split: of the data that the validation images are from, "validation" or "train".
-        validation_indices: of the validation images in the train split.
+        validation_indices: of the validation images in the train split; none if they are from the other.
         config, budget: what is asked.
         keys: of stored results.
     """
@@ -63,17 +63,17 @@ class Workload:
         self.network, self.data, self.checkpoint_sha256 = inputs.network, inputs.data, inputs.checkpoint_sha256
         self.config = config = decided(config, inputs)
         self.budget = budget
+        count = config.validation_samples or 0
         calibration, self.validation_indices = split_training(
             self.data,
             calibration=config.calibration_samples or 0,
-            validation=config.validation_samples or 0,
+            validation=count if self.data.validation is None else 0,
             seed=config.seed,
         )
         self.validation_split, split, chosen = "train", self.data.train, self.validation_indices
         if self.data.validation is not None:
             self.validation_split, split = "validation", self.data.validation
-            chosen = choose_validation(self.data, number=config.validation_samples or 0, seed=config.seed)
-            self.validation_indices = np.empty(0, dtype=np.int64)
+            chosen = choose_validation(self.data, number=count, seed=config.seed)
         everything = np.arange(len(self.data.test))
         self.calibration = cut_out(self.data.train, calibration)
         self.validation = cut_out(split, chosen)

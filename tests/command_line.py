@@ -48,3 +48,10 @@ def write_checkpoint(path: Path) -> Path:
     """Untrained weights of `digits_cnn`."""
     save_state(build_model("digits_cnn", num_classes=10, input_shape=(1, 8, 8)), path)
     return path
+
+
+def put_in_the_way(folder: Path, name: str) -> list[Path]:
+    """A file where a folder may be wanted, and a folder of this name; returns all that lies there then."""
+    (folder / "file").touch()
+    (folder / name).mkdir()
+    return sorted(folder.rglob("*"))

@@ -14,7 +14,7 @@ from entprune.evaluation import count_parameters
 from entprune.models import build_model
 from tasks import registry
 from tasks.exported import ExportedNetwork
-from tests.command_line import assert_one_sentence, run_cli, write_checkpoint, write_npz
+from tests.command_line import assert_one_sentence, put_in_the_way, run_cli, write_checkpoint, write_npz
 
 
 def build_unprunable() -> nn.Module:
@@ -106,9 +106,7 @@ def test_bad_input_to_export_is_one_sentence_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.onnx").mkdir()
-    before = sorted(tmp_path.rglob("*"))
+    before = put_in_the_way(tmp_path, "folder.onnx")
     assert run_cli("export", source, "--output", output) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

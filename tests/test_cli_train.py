@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import assert_one_sentence, fail_if_called, run_cli
+from tests.command_line import assert_one_sentence, fail_if_called, put_in_the_way, run_cli
 
 
 def test_train_writes_a_checkpoint_and_shows_its_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,9 +38,7 @@ def test_bad_input_to_train_is_refused_before_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("entprune.training.train", fail_if_called)
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.pt").mkdir()
-    before = sorted(tmp_path.rglob("*"))
+    before = put_in_the_way(tmp_path, "folder.pt")
     assert run_cli("train", "--model", "digits_cnn", "--data", "digits", *changes) == 2
     assert_one_sentence(capsys.readouterr().err, fragment)
     assert sorted(tmp_path.rglob("*")) == before

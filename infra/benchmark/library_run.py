@@ -1,4 +1,4 @@
-"""`entprune prune` without any engine: the same options, the library in this process, the same files.
+"""`entprune prune` without any engine, on data without a validation split of their own: the same options and files.
 
 python -m infra.benchmark.library_run prune --model lenet --checkpoint lenet.pt --data mnist ... --output out
 """
