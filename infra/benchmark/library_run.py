@@ -1,4 +1,4 @@
-"""`entprune prune` without any engine, on data without a validation split of their own: the same options and files.
+"""`entprune prune` without any engine, on data that have no validation split: the same options, the same files.
 
 python -m infra.benchmark.library_run prune --model lenet --checkpoint lenet.pt --data mnist ... --output out
 """
