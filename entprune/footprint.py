@@ -30,7 +30,8 @@ from entprune.config import PruneConfig
 from entprune.moments import count_positions, feature_count
 from entprune.stages import Network, sampling_plan
 
-LIBRARY_BYTES = 320 * 2**20  # of an idle worker: Python, torch, Ray
+# Private memory of a worker that has done its first job: Python, torch, Ray, and what these load and keep at first use.
+LIBRARY_BYTES = 420 * 2**20
 _FLOAT = 4
 # Per entry of the Gram matrices, as measured on a ResNet-50: copies in both precisions, and what the allocator keeps.
 _SOLVE_BYTES, _REFIT_BYTES = 110, 60

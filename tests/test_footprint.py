@@ -73,14 +73,22 @@ memory.main()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell the peak of a process")
-def test_need_is_about_what_a_process_takes() -> None:
-    images = 2048
+def test_need_grows_as_a_process_does() -> None:
+    """Growth with images: what the libraries load at first use differs between machines, and is not of the stages."""
+    few, many = 1024, 8192
+    taken = _peak_bytes(many) - _peak_bytes(few)
+    needed = _need(many) - _need(few)
+    assert 0.6 * needed < taken < 1.6 * needed
+
+
+def _peak_bytes(images: int) -> float:
     command = [sys.executable, "-c", MEASURE, str(images), "assemble", "1"]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    measured = json.loads(done.stdout)
-    taken = (measured["peak_mib"] - measured["libraries_mib"]) * 2**20
+    return float(json.loads(done.stdout)["peak_mib"]) * 2**20
+
+
+def _need(images: int) -> int:
     config = PruneConfig(calibration_samples=images)
     network = analyse(build_model("lenet", num_classes=10, input_shape=(1, 28, 28)), (1, 28, 28), config)
-    need = worker_bytes(network, measure_activations(network), config) - LIBRARY_BYTES
-    assert 0.5 * need < taken < 2.0 * need
+    return worker_bytes(network, measure_activations(network), config)
