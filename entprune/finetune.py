@@ -112,6 +112,8 @@ def finetune(
     guide = _Teacher(teacher, config.device)
 
     def loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        if config.distillation_weight == 0:  # the teacher costs more than the student
+            return F.cross_entropy(logits, labels)
         return distillation_loss(logits, guide(images), labels, config.temperature, config.distillation_weight)
 
     settings = config.to_train_config()

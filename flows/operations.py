@@ -137,6 +137,7 @@ def schedule(
 
 _RENAMED = {
     "finetune_lr": "finetune_learning_rate",
+    "distillation_weight": "finetune_distillation_weight",
     "min_channels": "minimum_channels",
     "min_fraction": "minimum_fraction",
 }

@@ -86,6 +86,8 @@ with warnings.catch_warnings():
         """Optimiser of the distillation."""
         finetune_batch_size: int = _FINETUNING.batch_size
         """Images in one step of the distillation."""
+        finetune_distillation_weight: float = _FINETUNING.distillation_weight
+        """Share of the dense network's answers in the loss; the rest is the labels'. 0 for labels alone."""
         calibration_samples: int | None = Field(default=_DEFAULTS.calibration_samples, ge=1)
         """Training images for the statistics; more by default for small networks."""
         validation_samples: int | None = Field(default=_DEFAULTS.validation_samples, ge=1)
@@ -169,6 +171,7 @@ with warnings.catch_warnings():
                 learning_rate=self.finetune_learning_rate,
                 optimiser=self.finetune_optimiser,
                 batch_size=self.finetune_batch_size,
+                distillation_weight=self.finetune_distillation_weight,
                 seed=self.seed,
                 device=self.device,
             )

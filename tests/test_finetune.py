@@ -76,6 +76,17 @@ def test_without_distillation_the_teacher_does_not_matter() -> None:
     assert is_same(first, second)
 
 
+def test_teacher_that_does_not_matter_is_not_asked() -> None:
+    class Silent(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise AssertionError(f"asked about {len(images)} images")
+
+    split, student = make_split(), make_network(4, seed=2)
+    assert not is_same(finetune(student, Silent(), split, FinetuneConfig(epochs=1, distillation_weight=0.0)), student)
+    with pytest.raises(AssertionError, match="asked about"):
+        finetune(student, Silent(), split, FinetuneConfig(epochs=1))
+
+
 def test_seed_decides_the_outcome() -> None:
     split, teacher, student = make_split(), make_network(8, seed=1), make_network(4, seed=2)
     first, again, other = (

@@ -68,6 +68,7 @@ def test_parameters_survive_json() -> None:
         ({"latency_removed": 0.5, "latency_batch": 0}, "--latency-batch must be at least 1, got 0"),
         ({"rounds": 2}, "--rounds 2 needs tuning between the rounds, got --finetune-epochs 0"),
         ({"finetune_learning_rate": 0.0}, "expected learning_rate > 0, got 0.0"),
+        ({"finetune_distillation_weight": 1.5}, r"expected distillation_weight in \[0, 1\], got 1.5"),
         ({"max_accuracy_drop": -1}, r"--max-accuracy-drop is accuracy points in \[0, 100\), got -1"),
     ],
 )
