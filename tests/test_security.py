@@ -59,6 +59,7 @@ def test_address_of_a_dead_server_is_told_without_its_password(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://me:{SECRET}@127.0.0.1:1/x")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)  # of a database: by default for 100 seconds
     with caplog.at_level(logging.DEBUG):
         for ask in (tracking.check, lambda: tracking.open_run("net", "run", {})):
             with pytest.raises(EngineError, match=r"127\.0\.0\.1:1") as raised:
