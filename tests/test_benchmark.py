@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from entprune import stages
 from entprune.assembly import slice_network
+from entprune.config import Budget
 from entprune.errors import ConfigError
+from entprune.finetune import FinetuneConfig, finetune
 from entprune.plan import PruningPlan
 
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
 pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
 
-from infra.benchmark import ablation, budgets, epoch, latency, memory, scaling, selection, sweep_cost
+from infra.benchmark import ablation, budgets, epoch, latency, memory, scaling, selection, sweep_cost, tuned
 from infra.benchmark.__main__ import choose, main
 from infra.benchmark.networks import Folders
 from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
@@ -90,6 +92,11 @@ def measure_to(folder: Path, part: str, network: str, cells: list[tuple[dict, di
         record.put(key, values, RUN_WITH_VERSIONS)
 
 
+TINY_RECIPE = tuned.Recipe(
+    budget=Budget(parameters_removed=0.5), tuning=FinetuneConfig(epochs=1, learning_rate=0.1, distillation_weight=0.5)
+)
+
+
 @pytest.fixture(scope="module")
 def measured(request_chain: TinyRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of every part but the selection."""
@@ -99,6 +106,7 @@ def measured(request_chain: TinyRequest, tmp_path_factory: pytest.TempPathFactor
         "epoch": (epoch.EpochMeter(request_chain), {"max_accuracy_drop": 30.0}),
         "latency": (latency.LatencyMeter(request_chain), {"budget": "parameters_removed-0.8"}),
         "sweep": (sweep_cost.SweepMeter(request_chain), {"settings": "12 entropy weights"}),
+        "tuned": (tuned.TunedMeter(request_chain, TINY_RECIPE), TINY_RECIPE.key()),
     }
     for part, (meter, key) in meters.items():
         values = meter.measure(Subject(part=part, network="chain", seed=0), key)
@@ -128,6 +136,25 @@ def test_parts_measure_what_they_say(measured: Path) -> None:
     values = sweep["cells"][0]["values"]
     assert values["continuations_per_group"] == 13
     assert 0 < values["one_setting_seconds"] < values["sweep_seconds"]
+
+
+def test_tuned_network_is_that_of_the_library_and_never_saw_validation_images(
+    measured: Path, request_chain: TinyRequest
+) -> None:
+    (record,) = all_records("tuned", measured)
+    values, bench = record["cells"][0]["values"], request_chain.bench()
+    assert record["cells"][0]["key"] == {
+        "budget": "parameters_removed-0.5", "epochs": 1, "learning_rate": 0.1, "distillation_weight": 0.5,
+    }  # fmt: skip
+    pruned = budgets.prune_to(bench, TINY_RECIPE.budget)
+    excluded = bench.validation.indices
+    tuned_network = finetune(
+        pruned.model, bench.model, bench.data.train, TINY_RECIPE.tuning, validation_indices=excluded
+    )
+    assert values["one_shot_accuracy"] == pruned.report["one_shot"]["accuracy"]
+    assert values["tuned_accuracy"] == bench.accuracy(tuned_network)
+    assert values["parameters"] == sum(value.numel() for value in tuned_network.parameters())
+    assert values["parameters_removed"] >= 0.5
 
 
 def test_an_epoch_is_timed_without_its_warm_up(request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +375,23 @@ def test_the_other_parts_have_their_figures_on_the_page(measured: Path, tmp_path
     assert f"| {record['cells'][0]['values']['ratio']:.2f} | 13 |" in text
 
 
+def test_seeds_of_a_tuned_network_have_their_medians(tmp_path: Path) -> None:
+    recipe = tuned.RECIPES["vgg16_cifar"].key()
+    for seed, (one_shot, after) in enumerate([(89.0, 91.0), (88.0, 92.0), (90.0, 91.4)]):
+        subject = Subject(part="tuned", network="vgg16_cifar", seed=seed)
+        values = {
+            "dense": {"accuracy": 91.5}, "one_shot_accuracy": one_shot, "tuned_accuracy": after, "parameters": 1234,
+            "macs": 5678, "epoch_seconds": 86.4, "threads": 2,
+        }  # fmt: skip
+        Record(subject.path(tmp_path / "results"), subject).put(recipe, values, RUN_WITH_VERSIONS)
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    first = (
+        "| vgg16_cifar, 95% of the parameters | 0 | 91.50 | 89.00 | 2.50 | 91.00 | 0.50 | 1,234 | 5,678 | 14 | 0.05 |"
+    )
+    assert f"{first} 0 | 86 | 2 |" in text
+    assert "| vgg16_cifar, 95% of the parameters | **median** |  |  | **2.50** |  | **0.10** |" in text
+
+
 def test_seeds_of_an_accuracy_budget_have_their_median(tmp_path: Path) -> None:
     for seed, removed in enumerate((0.91, 0.7, 0.83)):
         subject = Subject(part="budgets", network="lenet", seed=seed)
@@ -448,6 +492,7 @@ def test_all_parts_are_reached() -> None:
     assert {part.name for part, _ in choose("all", "all")} == {
         "selection",
         "budgets",
+        "tuned",
         "epoch",
         "scaling",
         "latency",

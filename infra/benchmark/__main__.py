@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from entprune.errors import ConfigError, EntpruneError
-from infra.benchmark import ablation, actors, budgets, engine, epoch, latency, scaling, selection, sweep_cost
+from infra.benchmark import ablation, actors, budgets, engine, epoch, latency, scaling, selection, sweep_cost, tuned
 from infra.benchmark.networks import NETWORKS, Folders
 from infra.benchmark.parts import Meter, Part, Request
 from infra.benchmark.records import RESULTS, Record, Subject, describe_run
@@ -21,7 +21,7 @@ from infra.benchmark.selectors import METHODS
 
 PARTS: dict[str, Part] = {
     module.PART.name: module.PART
-    for module in (selection, budgets, epoch, scaling, latency, sweep_cost, ablation, actors, engine)
+    for module in (selection, budgets, tuned, epoch, scaling, latency, sweep_cost, ablation, actors, engine)
 }
 
 

@@ -43,10 +43,15 @@ class Subset:
 
 def prune_within(bench: Bench, points: float, *, is_tested: bool = True) -> PruningResult:
     """Prune to an accuracy budget; the test images are measured once, at the end, or not at all."""
+    return prune_to(bench, Budget(max_accuracy_drop=points), is_tested=is_tested)
+
+
+def prune_to(bench: Bench, budget: Budget, *, is_tested: bool = True) -> PruningResult:
+    """Prune to any budget, as :func:`prune_within`."""
     return prune(
         bench.model,
         Subset(bench.calibration),
-        budget=Budget(max_accuracy_drop=points),
+        budget=budget,
         evaluate=Subset(bench.validation),
         test=Subset(bench.test) if is_tested else None,
         config=bench.config,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from entprune.errors import ConfigError, EntpruneError
 from entprune.storage import atomic_write_text
-from infra.benchmark import engine_tables, plots, tables
+from infra.benchmark import engine_tables, plots, tables, tuned_tables
 from infra.benchmark.ablation_tables import ablation_page
 from infra.benchmark.records import HERE, RESULTS, all_records
 
@@ -24,6 +24,7 @@ ABLATION_MARKERS = ("<!-- ablation:begin -->", "<!-- ablation:end -->")
 _MISSING = "Not measured yet."
 _SECTIONS: tuple[tuple[str, str, Callable[[tables.Records], list[str]]], ...] = (
     ("budgets", "Whole runs by accuracy budget", tables.budgets_section),
+    ("tuned", "Before and after fine-tuning", tuned_tables.tuned_section),
     ("epoch", "Pruning time in training epochs", tables.epoch_section),
     ("scaling", "Cost against the number of images", tables.scaling_section),
     ("latency", "Multiply-accumulates and milliseconds", tables.latency_section),
