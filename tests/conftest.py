@@ -48,6 +48,7 @@ settings.load_profile("entprune")
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     logging.raiseExceptions = False  # Prefect logs its server's end to the stream that pytest has closed by then
+    logging.getLogger("prefect").setLevel(logging.ERROR)  # and its line would follow the summary
 
 
 @pytest.fixture(scope="session", autouse=True)
