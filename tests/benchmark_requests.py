@@ -1,6 +1,8 @@
-"""What the benchmark's tests measure: a network of a few channels on noise, and what a record says of its run."""
+"""What the benchmark's tests measure: a network of a few channels on noise; where it is stored, what its page says."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -8,6 +10,8 @@ from entprune.config import PruneConfig
 from entprune.datasets import ImageData
 from infra.benchmark.networks import Bench, TrainedNetwork
 from infra.benchmark.parts import Request
+from infra.benchmark.records import Record, Subject
+from infra.benchmark.render import ABLATION_MARKERS, BEGIN, END, write_page
 from tests.micro_networks import IMAGE_SHAPE, Chain, random_split, warm_up
 
 ENTRY = TrainedNetwork(
@@ -37,3 +41,20 @@ class TinyRequest(Request):
 RUN_WITH_VERSIONS = {
     "command": "make benchmark PART=x", "code_commit": "0123456789abcdef", "environment": {"threads": 1, "torch": "2"},
 }  # fmt: skip
+
+
+def measure_to(folder: Path, part: str, network: str, cells: list[tuple[dict, dict]]) -> None:
+    """Store cells of one part."""
+    subject = Subject(part=part, network=network, seed=0)
+    record = Record(subject.path(folder), subject)
+    for key, values in cells:
+        record.put(key, values, RUN_WITH_VERSIONS)
+
+
+def page_of(folder: Path, output: Path) -> str:
+    """The page that results make, between what was there before."""
+    output.mkdir(exist_ok=True)
+    sections = f"{BEGIN}\nwhat was there\n{END}\nbetween\n" + "\nold\n".join(ABLATION_MARKERS)
+    (output / "README.md").write_text(f"before\n{sections}\nafter\n", encoding="utf-8")
+    write_page(folder, output)
+    return (output / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,162 @@
+"""The benchmark's pages: no figure is lost on the way to them, and what they compute from records is right."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entprune.errors import ConfigError
+
+pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
+pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
+
+from infra.benchmark import selection, tuned
+from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
+from infra.benchmark.records import Record, Subject
+from infra.benchmark.render import replace_between_markers, short_table
+from infra.benchmark.selectors import METHODS
+from infra.benchmark.tables import compare, exponent
+from tests.benchmark_requests import RUN_WITH_VERSIONS, measure_to, page_of
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_fitted_exponent_is_that_of_the_curve(power: float) -> None:
+    assert exponent([(n, 3.0 * n**power) for n in (1000, 3000, 50_000)]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("count", [1, 200, 10_001])
+def test_outcomes_come_back(count: int) -> None:
+    wrong = np.random.default_rng(count).random(count) < 0.1
+    text = pack_outcomes(wrong)
+    assert np.array_equal(unpack_outcomes(text, count), wrong)
+
+
+def cell_of(wrong: np.ndarray, *, with_outcomes: bool = True) -> dict:
+    stored = {"wrong": pack_outcomes(wrong)} if with_outcomes else {}
+    return {"accuracy": 100.0 * float(np.mean(~wrong)), **stored}
+
+
+def test_the_noise_of_a_difference_is_that_of_the_images_that_differ() -> None:
+    first, second = np.zeros(10_000, dtype=bool), np.zeros(10_000, dtype=bool)
+    first[:700], second[100:800] = True, True  # 200 images are right in one alone
+    cells = [cell_of(first)], [cell_of(second)]
+    assert paired_error(*cells, 10_000) == pytest.approx(100 * (0.02 / 10_000) ** 0.5)
+    assert paired_error(cells[0], cells[0], 10_000) == 0.0
+    bounds = [[cell_of(wrong, with_outcomes=False)] for wrong in (first, second)]
+    assert paired_error(*bounds, 10_000) == pytest.approx(100 * (0.14 / 10_000) ** 0.5)
+    second[:800] = False
+    second[700:1400] = True  # no error in common: the bound is met
+    assert paired_error([cell_of(first)], [cell_of(second)], 10_000) == pytest.approx(paired_error(*bounds, 10_000))
+
+
+def test_the_best_is_bold_and_what_is_level_is_marked() -> None:
+    best, level, behind = (np.arange(1000) < count for count in (50, 51, 90))
+    texts = compare([[cell_of(wrong)] for wrong in (behind, best, level)] + [[]], 1000)
+    assert texts == ["91.00", "**95.00**", "94.90 ≈", "-"]
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def store_selection(folder: Path, seeds: tuple[int, ...]) -> dict[tuple[int, str, str, str], float]:
+    """Different accuracies in every cell."""
+    stored = {}
+    for seed in seeds:
+        subject = Subject(part="selection", network="lenet", seed=seed, budget="parameters_removed-0.92")
+        record = Record(subject.path(folder), subject)
+        dense = {"accuracy": 99.5, "parameters": 1000, "macs": 5000}
+        record.require_facts({"dense": dense, "test_samples": 100, "calibration_samples": 10})
+        for number, (method, (weights, widths)) in enumerate(itertools.product(METHODS, selection.VARIANTS)):
+            accuracy = 50.0 + number + 0.11 * seed
+            key = {"method": method, "weights": weights, "widths": widths}
+            record.put(key, {"accuracy": accuracy, "parameters": 80, "macs": 900}, RUN_WITH_VERSIONS)
+            stored[seed, method, weights, widths] = accuracy
+    return stored
+
+
+def test_every_stored_accuracy_is_on_the_page(tmp_path: Path) -> None:
+    stored = store_selection(tmp_path / "results", (0,))
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "what was there" not in text
+    rows = [line.replace("**", "").replace(" ≈", "") for line in text.splitlines() if line.startswith("| ")]
+    assert sum("**" in line for line in text.splitlines() if line.startswith("| ")) == len(selection.VARIANTS)
+    for accuracy in stored.values():
+        assert sum(f" {accuracy:.2f} " in line for line in rows) == 1
+    assert (tmp_path / "out" / "plots" / "selection-lenet-parameters.svg").read_text().count("<svg") == 1
+    assert "92.00%" in text  # what was really removed: 80 of 1000 parameters are left
+
+
+def test_seeds_are_averaged_and_pages_are_the_same_every_time(tmp_path: Path) -> None:
+    store_selection(tmp_path / "results", (0, 1, 2))
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    assert "50.11 ± 0.11" in text
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out" / "plots").iterdir()}
+    assert page_of(tmp_path / "results", tmp_path / "out") == text
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "plots").iterdir()} == first
+    assert "50.11 ± 0.11" in short_table(tmp_path / "results")
+
+
+def test_seeds_of_a_tuned_network_have_their_medians(tmp_path: Path) -> None:
+    recipe = tuned.RECIPES["vgg16_cifar"].key()
+    for seed, (one_shot, after) in enumerate([(89.0, 91.0), (88.0, 92.0), (90.0, 91.4)]):
+        subject = Subject(part="tuned", network="vgg16_cifar", seed=seed)
+        values = {
+            "dense": {"accuracy": 91.5}, "one_shot_accuracy": one_shot, "tuned_accuracy": after, "parameters": 1234,
+            "macs": 5678, "epoch_seconds": 86.4, "threads": 2,
+        }  # fmt: skip
+        Record(subject.path(tmp_path / "results"), subject).put(recipe, values, RUN_WITH_VERSIONS)
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    first = (
+        "| vgg16_cifar, 95% of the parameters | 0 | 91.50 | 89.00 | 2.50 | 91.00 | 0.50 | 1,234 | 5,678 | 14 | 0.05 |"
+    )
+    assert f"{first} 0 | 86 | 2 |" in text
+    assert "| vgg16_cifar, 95% of the parameters | **median** |  |  | **2.50** |  | **0.10** |" in text
+
+
+def test_seeds_of_an_accuracy_budget_have_their_median(tmp_path: Path) -> None:
+    for seed, removed in enumerate((0.91, 0.7, 0.83)):
+        subject = Subject(part="budgets", network="lenet", seed=seed)
+        small = {
+            "accuracy": 99.0 - seed,
+            "accuracy_drop": float(seed),
+            "parameters_removed": removed,
+            "macs_removed": 0.5,
+        }
+        values = {
+            "dense": {"accuracy": 99.0}, "one_shot": small, "budget_met": seed != 2, "timings_seconds": {"solve": 1.25},
+            "candidates": [{}, {}], "threads": 1,
+        }  # fmt: skip
+        Record(subject.path(tmp_path / "results"), subject).put({"max_accuracy_drop": 0.5}, values, RUN_WITH_VERSIONS)
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    assert "| lenet | 0.5 | 1 | 99.00 → 98.00 | 1.00 | 70.0% | 50.0% | 2 |" in text
+    assert "| 2.00 (budget not met) | 83.0% |" in text
+    assert "| lenet | 0.5 | **median** |  | **1.00** | **83.0%** | **50.0%** |" in text
+
+
+def test_curves_over_images_are_fitted_and_drawn(tmp_path: Path) -> None:
+    cells: list[tuple[dict, dict]] = []
+    for n in (1000, 10_000):
+        key = {"quantity": "solve", "images": n}
+        cells.append((key, {"solve_seconds": 2.0}))
+        for stage in ("solve", "assemble"):
+            key = {"quantity": "memory", "stage": stage, "images": n}
+            cells.append((key, {"peak_mib": n / 2 if stage == "assemble" else 500.0}))
+    measure_to(tmp_path / "results", "scaling", "synthetic", cells)
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    assert (text.count("**0.000**"), text.count("**1.000**")) == (2, 1)
+    assert (tmp_path / "out" / "plots" / "scaling.svg").exists()
+
+
+def test_a_page_without_markers_is_refused_and_stays(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("text", encoding="utf-8")
+    with pytest.raises(ConfigError, match="markers"):
+        replace_between_markers(page, "table")
+    assert page.read_text(encoding="utf-8") == "text"
