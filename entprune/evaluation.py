@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, Protocol
 
@@ -56,12 +56,14 @@ class Measurement:
         parameters: number of trainable and fixed parameters; buffers are not counted.
         macs: multiply-accumulates for one image.
         latency_ms: batch size, as text, to the median milliseconds of one forward pass.
+        correct: (n,) bool, whether each image is classified correctly; None where none was looked at.
     """
 
     accuracy: float
     parameters: int
     macs: int
     latency_ms: dict[str, float]
+    correct: npt.NDArray[np.bool_] | None = field(default=None, compare=False, repr=False)
 
 
 def measure(
@@ -76,8 +78,10 @@ def measure(
     repeats: int = 10,
 ) -> Measurement:
     """Measure accuracy, size and speed of a network; arguments as for the functions below."""
+    correct = predict_correct(model, split, indices, batch_size, device)
     return Measurement(
-        accuracy=accuracy(model, split, indices=indices, batch_size=batch_size, device=device),
+        accuracy=100.0 * float(correct.mean()),
+        correct=correct,
         parameters=count_parameters(model),
         macs=count_macs(model, input_shape),
         latency_ms=measure_latency(model, input_shape, latency_batch_sizes, repeats=repeats, device=device),

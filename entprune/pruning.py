@@ -33,7 +33,7 @@ from entprune.report import collect_warnings, environment
 from entprune.rounds import RoundRecord
 from entprune.runner import InProcessRunner, Progress, Runner, torch_threads
 from entprune.search import SearchResult, search
-from entprune.selection import StopRule
+from entprune.selection import StopRule, paired_interval
 from entprune.simplex import effective_channels, entropy
 from entprune.stages import ImageSet, Network, analyse, calibrate, sampling_plan, solve
 
@@ -284,13 +284,14 @@ def measure_network(
     stage: str,
 ) -> Measurement:
     """Test accuracy (NaN without test images), parameters, MACs and latency; the test images are used here alone."""
-    accuracy = float("nan")
+    correct = None
     if test is not None:
-        accuracy = 100.0 * float(is_correct(predict(model, test, config, runner, stage=stage), test).mean())
+        correct = is_correct(predict(model, test, config, runner, stage=stage), test)
     with torch_threads(config.threads):
         latency = measure_latency(model, network.input_shape, repeats=5)
     return Measurement(
-        accuracy=accuracy,
+        accuracy=float("nan") if correct is None else 100.0 * float(correct.mean()),
+        correct=correct,
         parameters=count_parameters(model),
         macs=count_macs(model, network.input_shape),
         latency_ms=latency,
@@ -390,9 +391,17 @@ def _compared(measured: Measurement, dense: Measurement) -> dict[str, Any]:
     return {
         **_figures(measured),
         "accuracy_drop": None if np.isnan(drop) else round(drop, 4),
+        "accuracy_drop_interval": _drop_interval(measured, dense),
         "parameters_removed": 1.0 - measured.parameters / dense.parameters,
         "macs_removed": 1.0 - measured.macs / dense.macs,
     }
+
+
+def _drop_interval(measured: Measurement, dense: Measurement) -> dict[str, float] | None:
+    if dense.correct is None or measured.correct is None:
+        return None
+    low, high = paired_interval(dense.correct, measured.correct)
+    return {"low": round(low, 4), "high": round(high, 4)}
 
 
 def _costs_by_group(facts: RunFacts, plan: PruningPlan, objective: Objective) -> dict[str, dict[str, int]]:

@@ -46,6 +46,7 @@ def result_table(report: Mapping[str, Any]) -> Table:
     rows = {
         "test accuracy": lambda figures: _percent(figures.get("accuracy")),
         "accuracy drop": lambda figures: _points(figures.get("accuracy_drop")),
+        "on new images, 95 %": lambda figures: _interval(figures.get("accuracy_drop_interval")),
         "parameters": lambda figures: _size(figures["parameters"], figures.get("parameters_removed")),
         "MACs": lambda figures: _size(figures["macs"], figures.get("macs_removed")),
         "latency, batch 1": lambda figures: _milliseconds((figures["latency_ms"] or {}).get("1")),
@@ -194,6 +195,10 @@ def _percent(value: float | None) -> str:
 
 def _points(value: float | None) -> str:
     return _MISSING if value is None else f"{value:+.2f}"
+
+
+def _interval(ends: Mapping[str, float] | None) -> str:
+    return _MISSING if ends is None else f"{_points(ends['low'])} to {_points(ends['high'])}"
 
 
 def _size(value: int, removed: float | None) -> str:

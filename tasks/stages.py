@@ -351,6 +351,7 @@ def _measure_one(work: Workload, engine: Engine, model: nn.Module, name: str) ->
         latency_ms = measure_latency(model, shape, repeats=LATENCY_REPEATS)
     return Measurement(
         accuracy=100.0 * float(correct.mean()),
+        correct=correct,
         parameters=count_parameters(model),
         macs=count_macs(model, shape),
         latency_ms=latency_ms,

@@ -40,7 +40,8 @@ def make_figures(**changes: Any) -> dict[str, Any]:
 def make_pruned(**changes: Any) -> dict[str, Any]:
     return make_figures(
         accuracy=98.75, parameters=40_000, macs=400_000, latency_ms={"1": 0.3, "64": 4.0},
-        accuracy_drop=0.25, parameters_removed=0.9, macs_removed=0.8,
+        accuracy_drop=0.25, accuracy_drop_interval={"low": 0.06, "high": 0.44},
+        parameters_removed=0.9, macs_removed=0.8,
     ) | changes  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def without_figures() -> dict[str, Any]:
         data=make_report()["data"] | {"spec": None, "sha256": None},
         budget={"parameters_removed": 0.9},
         dense=make_figures(**unknown),
-        one_shot=make_pruned(**unknown, accuracy_drop=None),
+        one_shot=make_pruned(**unknown, accuracy_drop=None, accuracy_drop_interval=None),
         candidates=[make_candidate(0.1, 0.0, chosen=True) | unjudged],
         validation={"dense_accuracy": None, "images": 0},
         lineage={},

@@ -331,7 +331,13 @@ def test_ctrl_c_in_a_terminal_ends_a_real_run_quietly(arguments: dict[str, str |
 
 def make_report(*, passed: bool = True) -> dict[str, Any]:
     figures = {"accuracy": 98.5, "parameters": 1000, "macs": 20_000, "latency_ms": {"1": 1.25, "64": 7.0}}
-    smaller = {"accuracy_drop": 0.25, "parameters_removed": 0.9, "macs_removed": 0.8}
+    interval = {"low": -0.1, "high": 0.6}
+    smaller = {
+        "accuracy_drop": 0.25,
+        "accuracy_drop_interval": interval,
+        "parameters_removed": 0.9,
+        "macs_removed": 0.8,
+    }
     return {
         "dense": figures,
         "one_shot": {**figures, **smaller, "accuracy": 98.25, "parameters": 100, "macs": 4000},
@@ -353,6 +359,7 @@ def test_result_is_shown_side_by_side_with_its_places(
     assert all(value in rows["test accuracy"] for value in ("98.50 %", "98.25 %", "98.75 %"))
     assert "+0.25" in rows["accuracy drop"]
     assert "-0.25" in rows["accuracy drop"]
+    assert "-0.10 to +0.60" in rows["on new images, 95 %"]
     assert "100 (−90.0 %)" in rows["parameters"]
     assert "passed (2.0e-07)" in rows["certificate"]
     output = arguments["--output"]

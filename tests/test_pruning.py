@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from entprune import Budget, PathSetting, PruneConfig, PruningResult, prune
 from entprune.datasets import ArraySplit, ImageData, load_data, split_training
 from entprune.errors import DataError, ModelError
-from entprune.evaluation import accuracy, count_macs, count_parameters
+from entprune.evaluation import accuracy, count_macs, count_parameters, predict_correct
 from entprune.models import build_model
 from entprune.pruning import as_split
 from entprune.runner import InProcessRunner
@@ -142,6 +142,13 @@ def test_report_tells_the_truth(trained: Trained, result: PruningResult) -> None
         assert figures["macs"] == count_macs(model, (1, 8, 8))
         assert figures["accuracy"] == pytest.approx(accuracy(model, trained.data.test), abs=1e-3)
     assert one_shot["accuracy_drop"] == pytest.approx(dense["accuracy"] - one_shot["accuracy"], abs=1e-3)
+    lost, won = (
+        np.mean(predict_correct(better, trained.data.test) & ~predict_correct(worse, trained.data.test))
+        for better, worse in ((trained.model, result.model), (result.model, trained.model))
+    )
+    reach = 196 * ((lost + won - (lost - won) ** 2) / len(trained.data.test)) ** 0.5
+    assert one_shot["accuracy_drop_interval"]["low"] == pytest.approx(one_shot["accuracy_drop"] - reach, abs=0.2)
+    assert one_shot["accuracy_drop_interval"]["high"] == pytest.approx(one_shot["accuracy_drop"] + reach, abs=0.2)
     assert one_shot["parameters_removed"] == pytest.approx(1 - one_shot["parameters"] / dense["parameters"])
     widths = result.plan.widths()
     assert [(entry["name"], entry["kept"]) for entry in result.report["groups"]] == list(widths.items())
@@ -186,6 +193,7 @@ def test_neither_test_images_nor_a_second_worker_change_the_choice(trained: Trai
     assert all(torch.equal(value, other[name]) for name, value in result.model.state_dict().items())
     assert [c["widths"] for c in again.report["candidates"]] == [c["widths"] for c in result.report["candidates"]]
     assert again.report["dense"]["accuracy"] is again.report["one_shot"]["accuracy_drop"] is None
+    assert again.report["one_shot"]["accuracy_drop_interval"] is None
     assert json.dumps(again.report, allow_nan=False)
 
 

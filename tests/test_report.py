@@ -209,10 +209,12 @@ def test_plots_say_what_was_chosen(tmp_path: Path) -> None:
 
 def test_figures_lie_in_separate_columns() -> None:
     page = render_page(make_report(fine_tuned=make_pruned(accuracy=98.96, accuracy_drop=0.04)), {})
-    head, accuracy, change = (re.findall(r">([^<>]+)<", row) for row in re.findall(r"<tr.*?</tr>", page)[:3])
+    rows = (re.findall(r">([^<>]+)<", row) for row in re.findall(r"<tr.*?</tr>", page)[:4])
+    head, accuracy, change, interval = rows
     assert head == ["unpruned", "one shot", "fine-tuned"]
     assert accuracy == ["accuracy", "99.00&nbsp;%", "98.75&nbsp;%", "98.96&nbsp;%"]
     assert change == ["change, points", UNKNOWN, "−0.25", "−0.04"]
+    assert interval == ["… on new images", UNKNOWN, "−0.44 to −0.06", "−0.44 to −0.06"]
 
 
 def test_baselines_get_columns_of_their_own() -> None:
@@ -372,7 +374,15 @@ def test_report_without_faults_has_no_warnings() -> None:
             "seen the validation images in training.*optimistic",
         ),
         ({"validation": {"dense_accuracy": 99.0, "images": 100}}, "one image is worth 1 points"),
-        ({"one_shot": make_pruned(accuracy_drop=0.7)}, r"fell by 0\.70 points, more than the 0\.5"),
+        (
+            {"one_shot": make_pruned(accuracy_drop=0.7, accuracy_drop_interval={"low": 0.42, "high": 0.98})},
+            r"fell by 0\.70 points, more than the 0\.5.*between 0\.42 and 0\.98 points.*too few to say",
+        ),
+        (
+            {"one_shot": make_pruned(accuracy_drop=0.9, accuracy_drop_interval={"low": 0.62, "high": 1.18})},
+            r"between 0\.62 and 1\.18 points.*exceeded there, too",
+        ),
+        ({"one_shot": make_pruned(accuracy_drop=0.7, accuracy_drop_interval=None)}, r"fell by 0\.70 .* allowed\.$"),
         ({"one_shot": make_pruned(latency_ms={"1": 0.7})}, "At batch size 1 the smaller network is not faster"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entprune.errors import ConfigError
-from entprune.selection import NO_CLASS, DenseReference, DropEstimate, StopRule
+from entprune.selection import NO_CLASS, DenseReference, DropEstimate, StopRule, paired_interval
 
 
 def make_reference(size: int, seed: int, estimate: DropEstimate = "posterior") -> DenseReference:
@@ -100,3 +100,25 @@ def test_scoring_stops_when_the_verdict_is_clear(
     rule = StopRule(max_drop=max_drop, quantile=1.0, chunk=100)
     assert rule.is_decided(np.full(count, drop)) is decided
     assert not rule.is_decided(np.full(99, drop)), "less than a chunk decides nothing"
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0.03, 0.025), (0.004, 0.001), (0.0005, 0.0)])
+def test_the_interval_of_a_drop_holds_on_new_images(lost: float, won: float) -> None:
+    generator, holds = np.random.default_rng(0), 0
+    for _ in range(1000):
+        kind = generator.choice(4, 2000, p=[lost, won, 0.9, 0.1 - lost - won])
+        low, high = paired_interval(np.isin(kind, (0, 2)), np.isin(kind, (1, 2)))
+        holds += low <= 100 * (lost - won) <= high
+    assert holds >= 940  # of 950, four standard errors of 1000 draws below at most; it may be wider
+
+
+def test_the_interval_of_a_drop_is_that_of_the_images_that_differ() -> None:
+    dense, smaller = np.ones(1000, dtype=bool), np.ones(1000, dtype=bool)
+    low, high = paired_interval(dense, smaller)
+    assert low == -high
+    assert 0.1 < high < 0.3  # no image differs, and still 1,000 of them do not show that none ever will
+    smaller[:30], dense[30:50] = False, False
+    low, high = paired_interval(dense, smaller)
+    middle, reach = 10 / 1002, 1.959964 * (51 / 1002 - (10 / 1002) ** 2) ** 0.5 / 1002**0.5
+    assert (low, high) == pytest.approx((100 * (middle - reach), 100 * (middle + reach)))
+    assert paired_interval(smaller, dense) == pytest.approx((-high, -low))

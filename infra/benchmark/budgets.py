@@ -18,7 +18,10 @@ from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
 
 POINTS = (0.5, 0.1)
-_FIGURES = ("accuracy", "accuracy_drop", "parameters", "parameters_removed", "macs", "macs_removed", "latency_ms")
+_FIGURES = (
+    "accuracy", "accuracy_drop", "accuracy_drop_interval", "parameters", "parameters_removed", "macs", "macs_removed",
+    "latency_ms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)

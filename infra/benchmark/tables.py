@@ -201,12 +201,18 @@ _STAGES = ("analyse", "calibrate", "solve", "search", "certify")
 
 def _budget_row(seed: int, values: Mapping[str, Any]) -> list[str]:
     dense, small, seconds = values["dense"], values["one_shot"], values["timings_seconds"]
+    verdict = "" if values["budget_met"] else " (budget not met)"
     return [
         str(seed), f"{dense['accuracy']:.2f} → {small['accuracy']:.2f}",
-        f"{small['accuracy_drop']:.2f}" + ("" if values["budget_met"] else " (budget not met)"),
+        f"{small['accuracy_drop']:.2f}" + _within(small.get("accuracy_drop_interval")) + verdict,
         f"{small['parameters_removed']:.1%}", f"{small['macs_removed']:.1%}", str(len(values["candidates"])),
         ", ".join(f"{seconds.get(stage, 0.0):.1f}" for stage in _STAGES), str(values["threads"]),
     ]  # fmt: skip
+
+
+def _within(interval: Mapping[str, float] | None) -> str:
+    """Ends of a drop's interval, which records of earlier versions lack."""
+    return "" if interval is None else f" ({interval['low']:.2f} to {interval['high']:.2f})"
 
 
 def _median_row(found: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -72,6 +72,12 @@ def table() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def drop_cell(figures: dict[str, Any]) -> str:
+    """Points lost on the test images, and between what on new ones where the run says so."""
+    ends = figures.get("accuracy_drop_interval")
+    return f"{figures['accuracy_drop']:.2f}" + (f" ({ends['low']:.2f} to {ends['high']:.2f})" if ends else "")
+
+
 def row(entry: dict[str, Any]) -> tuple[str, ...]:
     """Cells of one run."""
     report = entry["report"]
@@ -83,9 +89,9 @@ def row(entry: dict[str, Any]) -> tuple[str, ...]:
         entry["label"],
         f"{dense['accuracy']:.2f} %",
         f"{small['accuracy']:.2f} %" + (f" (at {100 * small['parameters_removed']:.1f} %)" if is_other_size else ""),
-        f"{small['accuracy_drop']:.2f}",
+        drop_cell(small),
         "-" if tuned is None else f"{tuned['accuracy']:.2f} %",
-        "-" if tuned is None else f"{tuned['accuracy_drop']:.2f}",
+        "-" if tuned is None else drop_cell(tuned),
         f"**{100 * result['parameters_removed']:.1f} %** ({dense['parameters']:,} → {result['parameters']:,})",
         f"{100 * result['macs_removed']:.1f} %",
         f"{dense['latency_ms']['64']:.0f} → {result['latency_ms']['64']:.0f} ms",
