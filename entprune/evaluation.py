@@ -79,8 +79,26 @@ def measure(
 ) -> Measurement:
     """Measure accuracy, size and speed of a network; arguments as for the functions below."""
     correct = predict_correct(model, split, indices, batch_size, device)
+    return measure_beside(model, correct, input_shape, latency_batch_sizes, repeats=repeats, device=device)
+
+
+def measure_beside(
+    model: nn.Module,
+    correct: npt.NDArray[np.bool_] | None,
+    input_shape: tuple[int, int, int],
+    latency_batch_sizes: Sequence[int] = (1, 64),
+    *,
+    repeats: int = 10,
+    device: str = "cpu",
+) -> Measurement:
+    """Measure size and speed of a network whose answers are known already.
+
+    Args:
+        correct: (n,) whether it classifies each image correctly; None gives an accuracy of NaN.
+        model, input_shape, latency_batch_sizes, repeats, device: as for :func:`measure_latency`.
+    """
     return Measurement(
-        accuracy=100.0 * float(correct.mean()),
+        accuracy=float("nan") if correct is None else 100.0 * float(correct.mean()),
         correct=correct,
         parameters=count_parameters(model),
         macs=count_macs(model, input_shape),

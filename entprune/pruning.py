@@ -24,7 +24,7 @@ from entprune.checkpoints import load_plain_state
 from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.datasets.splits import ArraySplit
 from entprune.errors import DataError
-from entprune.evaluation import ImageSplit, Measurement, count_macs, count_parameters, measure_latency
+from entprune.evaluation import ImageSplit, Measurement, measure_beside
 from entprune.groups import ChannelGroups
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
@@ -288,14 +288,7 @@ def measure_network(
     if test is not None:
         correct = is_correct(predict(model, test, config, runner, stage=stage), test)
     with torch_threads(config.threads):
-        latency = measure_latency(model, network.input_shape, repeats=5)
-    return Measurement(
-        accuracy=float("nan") if correct is None else 100.0 * float(correct.mean()),
-        correct=correct,
-        parameters=count_parameters(model),
-        macs=count_macs(model, network.input_shape),
-        latency_ms=latency,
-    )
+        return measure_beside(model, correct, network.input_shape, repeats=5)
 
 
 # --- report ---------------------------------------------------------------------------------------------------------

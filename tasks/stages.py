@@ -19,7 +19,7 @@ from entprune.candidates import CandidateJob, CandidateScore, answers_only
 from entprune.certificate import Certificate
 from entprune.config import Budget, PruneConfig
 from entprune.errors import CertificateError
-from entprune.evaluation import Measurement, Precision, count_macs, count_parameters, measure_latency
+from entprune.evaluation import Measurement, Precision, measure_beside
 from entprune.latency import measure_kept_latency
 from entprune.path import SettingPath, SparsityPath
 from entprune.plan import PruningPlan
@@ -346,16 +346,8 @@ def measure(work: Workload, engine: Engine, models: Mapping[str, nn.Module]) -> 
 
 def _measure_one(work: Workload, engine: Engine, model: nn.Module, name: str) -> Measurement:
     correct = is_correct(logits_of(work, engine, model, work.test, work.keys.test, step=f"measure {name}"), work.test)
-    shape = work.network.input_shape
     with torch_threads(work.config.threads):
-        latency_ms = measure_latency(model, shape, repeats=LATENCY_REPEATS)
-    return Measurement(
-        accuracy=100.0 * float(correct.mean()),
-        correct=correct,
-        parameters=count_parameters(model),
-        macs=count_macs(model, shape),
-        latency_ms=latency_ms,
-    )
+        return measure_beside(model, correct, work.network.input_shape, repeats=LATENCY_REPEATS)
 
 
 # --- report, track, register ------------------------------------------------------------------------------------------
