@@ -7,6 +7,7 @@ user's; 2: something that the user can mend, in one sentence; 3: a promotion was
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -67,6 +68,11 @@ def _run(arguments: list[str]) -> int:
         code = app(arguments, prog_name="entprune", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except SystemExit as leaving:
+        if leaving.code != signal.SIGTERM:  # Ray's handler leaves with the bare number
+            raise
+        print("entprune: ended by SIGTERM; the same command goes on where it was", file=sys.stderr)  # noqa: T201 -- as errors
+        return 128 + signal.SIGTERM
     except Exception as error:  # noqa: BLE001 -- the outermost frame: whatever happened becomes one sentence
         return _explain(error, is_verbose="--verbose" in arguments)
     return code if isinstance(code, int) else 0

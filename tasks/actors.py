@@ -22,6 +22,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from entprune.errors import EngineError, EntpruneError
 from entprune.runner import Divisible, OnResult, Progress, Unit, Work, largest_first
 from tasks.cluster import Cluster
+from tasks.termination import termination_heard
 from tasks.unit_queue import UnitQueue
 
 _logger = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ class _Pool:
         """References of the results that came in; workers that became ready join the idle ones."""
         deadline = time.monotonic() + _START_SECONDS
         while True:
-            ready, _ = ray.wait([*self.busy, *self.starting], num_returns=1, timeout=_LOOK_SECONDS)
+            with termination_heard():
+                ready, _ = ray.wait([*self.busy, *self.starting], num_returns=1, timeout=_LOOK_SECONDS)
             finished = [reference for reference in ready if reference in self.busy]
             for reference in ready:
                 if reference in self.starting:
@@ -136,7 +138,8 @@ class _Pool:
     def _join(self, reference: Any) -> None:
         actor = self.starting.pop(reference)
         try:
-            self.nodes[actor] = ray.get(reference)
+            with termination_heard():
+                self.nodes[actor] = ray.get(reference)
         except RayError as cause:
             self._failed_starts += 1
             if self._failed_starts > _MAX_FAILED_STARTS:
@@ -182,7 +185,8 @@ class RayRunner:
     def settle(self) -> None:
         """Wait until no worker is starting, so that nothing disturbs a measurement of time on this machine."""
         if self._pool.starting:
-            ray.wait(list(self._pool.starting), num_returns=len(self._pool.starting), timeout=_SETTLE_SECONDS)
+            with termination_heard():
+                ray.wait(list(self._pool.starting), num_returns=len(self._pool.starting), timeout=_SETTLE_SECONDS)
 
     def describe(self) -> dict[str, Any]:
         """How many workers there are, and what has been done on which node, by the start of its id."""
@@ -265,7 +269,8 @@ class RayRunner:
             actor, number = self._pool.busy.pop(reference)
             queue.returned(number)
             try:
-                result = ray.get(reference)
+                with termination_heard():
+                    result = ray.get(reference)
             except RayTaskError as error:
                 self._pool.idle.append(actor)
                 if not lacks_memory(error):

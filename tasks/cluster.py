@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from entprune.errors import ConfigError, EngineError
+from tasks.termination import handler_kept
 
 _OBJECT_STORE_FRACTION = 0.3  # of the memory that is free when the cluster starts
 _SMALLEST_OBJECT_STORE = 256 * 2**20
@@ -117,15 +118,16 @@ def connect(
 def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
     for is_last in (False, True):  # on a busy machine Ray gives up after 30 s; the second start finds its files cached
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                object_store_memory=object_store_bytes(),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with handler_kept():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    num_gpus=num_gpus,
+                    object_store_memory=object_store_bytes(),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         except Exception as cause:  # Ray raises many kinds: a full disk, a forbidden socket, a timeout
             ray.shutdown()
             if is_last:
@@ -139,7 +141,8 @@ def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
 def _join(address: str, timeout_seconds: float) -> None:
     _check_reachable(address, timeout_seconds)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with handler_kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as cause:  # a wrong token, another version, a cluster that is going down
         raise EngineError(
             f"cannot join the Ray cluster at '{address}': {_first_line(cause)}; "

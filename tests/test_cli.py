@@ -300,6 +300,19 @@ def test_interruption_is_quiet(
     assert (captured.out, captured.err.strip()) == ("", "")
 
 
+@pytest.mark.parametrize(("left_with", "code"), [(signal.SIGTERM, 143), (int(signal.SIGTERM), 143), (3, 3)])
+def test_termination_is_one_sentence(
+    arguments: dict[str, str | None],
+    left_with: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install_flow(monkeypatch, lambda _: sys.exit(left_with))
+    assert run_prune(arguments) == code
+    assert capsys.readouterr().err.strip().startswith("entprune: ended by SIGTERM") == (code == 143)
+
+
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_ctrl_c_in_a_terminal_ends_a_real_run_quietly(arguments: dict[str, str | None], tmp_path: Path) -> None:
