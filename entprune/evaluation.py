@@ -79,10 +79,10 @@ def measure(
 ) -> Measurement:
     """Measure accuracy, size and speed of a network; arguments as for the functions below."""
     correct = predict_correct(model, split, indices, batch_size, device)
-    return measure_beside(model, correct, input_shape, latency_batch_sizes, repeats=repeats, device=device)
+    return measurement_of(model, correct, input_shape, latency_batch_sizes, repeats=repeats, device=device)
 
 
-def measure_beside(
+def measurement_of(
     model: nn.Module,
     correct: npt.NDArray[np.bool_] | None,
     input_shape: tuple[int, int, int],
@@ -91,7 +91,7 @@ def measure_beside(
     repeats: int = 10,
     device: str = "cpu",
 ) -> Measurement:
-    """Measure size and speed of a network whose answers are known already.
+    """Measure size and speed of a network whose test outcomes are known already.
 
     Args:
         correct: (n,) whether it classifies each image correctly; None gives an accuracy of NaN.

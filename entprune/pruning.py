@@ -24,7 +24,7 @@ from entprune.checkpoints import load_plain_state
 from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.datasets.splits import ArraySplit
 from entprune.errors import DataError
-from entprune.evaluation import ImageSplit, Measurement, measure_beside
+from entprune.evaluation import ImageSplit, Measurement, measurement_of
 from entprune.groups import ChannelGroups
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
@@ -288,7 +288,7 @@ def measure_network(
     if test is not None:
         correct = is_correct(predict(model, test, config, runner, stage=stage), test)
     with torch_threads(config.threads):
-        return measure_beside(model, correct, network.input_shape, repeats=5)
+        return measurement_of(model, correct, network.input_shape, repeats=5)
 
 
 # --- report ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from entprune.candidates import CandidateJob, CandidateScore, answers_only
 from entprune.certificate import Certificate
 from entprune.config import Budget, PruneConfig
 from entprune.errors import CertificateError
-from entprune.evaluation import Measurement, Precision, measure_beside
+from entprune.evaluation import Measurement, Precision, measurement_of
 from entprune.latency import measure_kept_latency
 from entprune.path import SettingPath, SparsityPath
 from entprune.plan import PruningPlan
@@ -347,7 +347,7 @@ def measure(work: Workload, engine: Engine, models: Mapping[str, nn.Module]) -> 
 def _measure_one(work: Workload, engine: Engine, model: nn.Module, name: str) -> Measurement:
     correct = is_correct(logits_of(work, engine, model, work.test, work.keys.test, step=f"measure {name}"), work.test)
     with torch_threads(work.config.threads):
-        return measure_beside(model, correct, work.network.input_shape, repeats=LATENCY_REPEATS)
+        return measurement_of(model, correct, work.network.input_shape, repeats=LATENCY_REPEATS)
 
 
 # --- report, track, register ------------------------------------------------------------------------------------------
