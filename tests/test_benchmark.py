@@ -20,7 +20,19 @@ from entprune.plan import PruningPlan
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
 pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
 
-from infra.benchmark import ablation, budgets, epoch, latency, memory, scaling, selection, sweep_cost, tuned
+from infra.benchmark import (
+    ablation,
+    budgets,
+    contest,
+    epoch,
+    latency,
+    memory,
+    recovery,
+    scaling,
+    selection,
+    sweep_cost,
+    tuned,
+)
 from infra.benchmark.__main__ import choose, main
 from infra.benchmark.networks import Folders
 from infra.benchmark.outcomes import unpack_outcomes
@@ -41,8 +53,8 @@ def test_every_method_is_measured_at_the_same_size_plain_and_refit(
     request_chain: TinyRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    score = selection.score_candidate
-    monkeypatch.setattr(selection, "score_candidate", lambda job, plan: calls.append(plan.digest()) or score(job, plan))
+    score = contest.score_candidate
+    monkeypatch.setattr(contest, "score_candidate", lambda job, plan: calls.append(plan.digest()) or score(job, plan))
     meter = selection.SelectionMeter(request_chain)
     subject = Subject(part="selection", network="chain", seed=0, budget="parameters_removed-0.5")
     facts = meter.facts(Record(subject.path(tmp_path), subject))
@@ -143,6 +155,32 @@ def test_tuned_network_is_that_of_the_library_and_never_saw_validation_images(
     assert values["tuned_accuracy"] == bench.accuracy(tuned_network)
     assert values["parameters"] == sum(value.numel() for value in tuned_network.parameters())
     assert values["parameters_removed"] >= 0.5
+
+
+def test_methods_are_tuned_alike_and_equal_networks_once(
+    request_chain: TinyRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    tune = recovery.finetune
+    monkeypatch.setattr(recovery, "finetune", lambda *args, **options: calls.append(1) or tune(*args, **options))
+    recipe = FinetuneConfig(epochs=1, learning_rate=0.1)
+    meter = recovery.RecoveryMeter(request_chain, recipe)
+    subject = Subject(part="recovery", network="chain", seed=0, budget="parameters_removed-0.5")
+    assert meter.facts(Record(subject.path(tmp_path), subject))["dense"]["parameters"] > 0
+    found = {
+        (*start, method): meter.measure(subject, {"method": method, "weights": start[0], "widths": start[1]})
+        for start in recovery.STARTS
+        for method in METHODS
+    }
+    assert len(calls) == len({(place[0], values["plan_sha256"]) for place, values in found.items()}) < len(found)
+    bench, values = request_chain.bench(), found["plain", "uniform", "l1"]
+    sliced = contest.Contest(bench)
+    start = sliced.build(sliced.plan("l1", subject.budget, "uniform"), refit=False)
+    excluded = bench.validation.indices
+    after = finetune(start, bench.model, bench.data.train, recipe, validation_indices=excluded)
+    assert values["one_shot_accuracy"] == bench.accuracy(start)
+    assert values["tuned_accuracy"] == bench.accuracy(after)
+    assert 100 * np.mean(~unpack_outcomes(values["tuned_wrong"], 200)) == pytest.approx(values["tuned_accuracy"])
 
 
 def test_an_epoch_is_timed_without_its_warm_up(request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +308,7 @@ def test_the_other_parts_have_their_figures_on_the_page(measured: Path, tmp_path
     text = page_of(measured, tmp_path / "out")
     (record,) = all_records("epoch", measured)
     assert f"| {record['cells'][0]['values']['prune_seconds']:.1f} |" in text
-    assert text.count("Not measured yet.") == 5  # selection, scaling, ablation, actors and engine
+    assert text.count("Not measured yet.") == 6  # selection, recovery, scaling, ablation, actors and engine
     assert (tmp_path / "out" / "plots" / "latency.svg").exists()
     (record,) = all_records("sweep", measured)
     assert f"| {record['cells'][0]['values']['ratio']:.2f} | 13 |" in text
@@ -317,6 +355,7 @@ def test_measured_cells_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
         (["--part", "selection", "--network", "alexnet"], "network: expected one of lenet"),
         (["--part", "selection", "--network", "lenet", "--budget", "x"], "budget: expected one of"),
         (["--part", "selection", "--network", "lenet", "--methods", "magic"], "methods: expected some of"),
+        (["--part", "recovery", "--network", "lenet", "--budget", "x"], "budget: expected parameters_removed-0.96"),
         (["--part", "budgets", "--network", "lenet", "--checkpoints", "nowhere", "--data-root", "nowhere"], "nowhere"),
     ],
 )
@@ -335,6 +374,7 @@ def test_all_parts_are_reached() -> None:
         "selection",
         "budgets",
         "tuned",
+        "recovery",
         "epoch",
         "scaling",
         "latency",

@@ -13,8 +13,10 @@ from entprune.errors import ConfigError
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
 pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
 
-from infra.benchmark import selection, tuned
+from infra.benchmark import recovery, selection, tuned
+from infra.benchmark.networks import Folders
 from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
+from infra.benchmark.parts import Request
 from infra.benchmark.records import Record, Subject
 from infra.benchmark.render import replace_between_markers, short_table
 from infra.benchmark.selectors import METHODS
@@ -118,6 +120,32 @@ def test_seeds_of_a_tuned_network_have_their_medians(tmp_path: Path) -> None:
     )
     assert f"{first} 0 | 86 | 2 |" in text
     assert "| vgg16_cifar, 95% of the parameters | **median** |  |  | **2.50** |  | **0.10** |" in text
+
+
+def test_methods_tuned_alike_are_compared_before_and_after(tmp_path: Path) -> None:
+    def values(one_shot: int, after: int) -> dict[str, object]:
+        shots = {"one_shot": one_shot, "tuned": after}
+        wrong = {f"{name}_wrong": pack_outcomes(np.arange(1000) >= right) for name, right in shots.items()}
+        return wrong | {f"{name}_accuracy": right / 10 for name, right in shots.items()}
+
+    (subject, key), *_ = recovery.cells(request := recovery_request("ours", "l1"))
+    record = Record(subject.path(tmp_path / "results"), subject)
+    dense = {"accuracy": 91.46, "parameters": 1000, "macs": 2000}
+    record.require_facts({"dense": dense, "test_samples": 1000, "calibration_samples": 192})
+    figures = iter([(900, 913), (880, 912), (100, 800), (120, 700)])
+    for _, key in recovery.cells(request):
+        record.put(key, values(*next(figures)), RUN_WITH_VERSIONS)
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    assert "### vgg16_cifar, 91% of the parameters" in text
+    assert "refit, our widths: one-shot | refit, our widths: fine-tuned | plain, uniform widths: one-shot |" in text
+    assert "| entprune | **90.00** | **91.30** | 10.00 | **80.00** |" in text
+    assert "| L1 norm | 88.00 | 91.20 ≈ | **12.00** | 70.00 |" in text
+    assert "| FPGM |" not in text
+
+
+def recovery_request(*methods: str) -> Request:
+    folders = Folders(data=Path(), checkpoints=Path())
+    return Request(network="vgg16_cifar", seed=0, threads=1, folders=folders, methods=methods)
 
 
 def test_seeds_of_an_accuracy_budget_have_their_median(tmp_path: Path) -> None:

@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from entprune.errors import ConfigError, EntpruneError
-from infra.benchmark import ablation, actors, budgets, engine, epoch, latency, scaling, selection, sweep_cost, tuned
+from infra.benchmark import (
+    ablation,
+    actors,
+    budgets,
+    engine,
+    epoch,
+    latency,
+    recovery,
+    scaling,
+    selection,
+    sweep_cost,
+    tuned,
+)
 from infra.benchmark.networks import NETWORKS, Folders
 from infra.benchmark.parts import Meter, Part, Request
 from infra.benchmark.records import RESULTS, Record, Subject, describe_run
@@ -21,7 +33,7 @@ from infra.benchmark.selectors import METHODS
 
 PARTS: dict[str, Part] = {
     module.PART.name: module.PART
-    for module in (selection, budgets, tuned, epoch, scaling, latency, sweep_cost, ablation, actors, engine)
+    for module in (selection, budgets, tuned, recovery, epoch, scaling, latency, sweep_cost, ablation, actors, engine)
 }
 
 
@@ -50,7 +62,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--network", default="all", help=f"one of {', '.join(NETWORKS)}, synthetic, or all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", default="", help="only this one, as in the file names: parameters_removed-0.92")
-    parser.add_argument("--methods", default="", help=f"of the part selection: some of {','.join(METHODS)}")
+    parser.add_argument(
+        "--methods", default="", help=f"of the parts selection and recovery: some of {','.join(METHODS)}"
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch threads; by default what the part prescribes")
     parser.add_argument(
         "--force", action="store_true", help="measure again what exists; files on other inputs begin anew"

@@ -32,11 +32,11 @@ from entprune.runner import InProcessRunner
 from entprune.search import allocation_problem, plan_for_widths
 from entprune.selection import NO_CLASS
 from entprune.stages import SolveKey, group_problem, solve
+from infra.benchmark.contest import budget_label
 from infra.benchmark.networks import Bench
 from infra.benchmark.outcomes import pack_outcomes
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
-from infra.benchmark.selection import budget_label
 from infra.benchmark.swaps import swap
 from infra.benchmark.trials import Divergence, fisher_paths, fisher_weights, probe_images, probed_losses
 

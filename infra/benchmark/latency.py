@@ -23,10 +23,10 @@ from entprune.config import Budget
 from entprune.runner import torch_threads
 from entprune.search import allocation_problem, plan_for_widths
 from entprune.training import lay_out
+from infra.benchmark.contest import budget_label
 from infra.benchmark.networks import NETWORKS
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
-from infra.benchmark.selection import budget_label
 
 BUDGETS = (Budget(parameters_removed=0.8), Budget(macs_removed=0.5))
 CALIBRATION_SAMPLES = 512

@@ -25,7 +25,7 @@ class Request:
         seed: of splits, sampled positions and random choices.
         threads: torch threads.
         folders: where data and checkpoints lie.
-        methods: selectors of the part `selection`.
+        methods: selectors of the parts `selection` and `recovery`.
         budget: label of the only budget wanted, empty for all.
     """
 

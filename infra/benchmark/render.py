@@ -25,6 +25,7 @@ _MISSING = "Not measured yet."
 _SECTIONS: tuple[tuple[str, str, Callable[[tables.Records], list[str]]], ...] = (
     ("budgets", "Whole runs by accuracy budget", tables.budgets_section),
     ("tuned", "Before and after fine-tuning", tuned_tables.tuned_section),
+    ("recovery", "Everyone fine-tuned alike", tuned_tables.recovery_section),
     ("epoch", "Pruning time in training epochs", tables.epoch_section),
     ("scaling", "Cost against the number of images", tables.scaling_section),
     ("latency", "Multiply-accumulates and milliseconds", tables.latency_section),

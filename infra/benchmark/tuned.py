@@ -15,9 +15,9 @@ from entprune.config import Budget
 from entprune.finetune import FinetuneConfig, finetune
 from entprune.runner import torch_threads
 from infra.benchmark.budgets import prune_to
+from infra.benchmark.contest import budget_label
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
-from infra.benchmark.selection import budget_label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,12 +34,16 @@ class Recipe:
 
     def key(self) -> Key:
         """What tells its cell from others."""
-        return {
-            "budget": budget_label(self.budget),
-            "epochs": self.tuning.epochs,
-            "learning_rate": self.tuning.learning_rate,
-            "distillation_weight": self.tuning.distillation_weight,
-        }
+        return {"budget": budget_label(self.budget), **tuning_key(self.tuning)}
+
+
+def tuning_key(tuning: FinetuneConfig) -> Key:
+    """What tells cells apart that were tuned differently."""
+    return {
+        "epochs": tuning.epochs,
+        "learning_rate": tuning.learning_rate,
+        "distillation_weight": tuning.distillation_weight,
+    }
 
 
 _LABELS_ALONE = {"learning_rate": 0.05, "distillation_weight": 0.0}
@@ -78,7 +82,7 @@ class TunedMeter:
         with torch_threads(bench.config.threads):
             tuned = finetune(
                 result.model, bench.model, bench.data.train, tuning, validation_indices=bench.validation.indices,
-                progress=_say_epochs,
+                progress=say_steps,
             )  # fmt: skip
         seconds = time.perf_counter() - pruned
         dense, small = result.report["dense"], result.report["one_shot"]
@@ -96,7 +100,8 @@ class TunedMeter:
         }
 
 
-def _say_epochs(done: int, total: int, text: str) -> None:
+def say_steps(done: int, total: int, text: str) -> None:
+    """Print twenty lines of progress."""
     if done == total or done % max(1, total // 20) == 0:
         print(f"  {text}: step {done} of {total}", flush=True)
 

@@ -1,4 +1,4 @@
-"""The table of fine-tuned networks in Markdown, made from the stored figures alone."""
+"""Tables of fine-tuned networks in Markdown, made from the stored figures alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infra.benchmark.tables import Records, budget_name, commits_line, table
+from infra.benchmark.tables import (
+    METHOD_NAMES,
+    VARIANT_NAMES,
+    Records,
+    Values,
+    budget_name,
+    by_network,
+    commits_line,
+    compare,
+    conditions_line,
+    image_count,
+    table,
+)
 
 _HEAD = (
     "network, removed", "seed", "unpruned", "one-shot", "drop", "fine-tuned", "drop", "parameters left", "MACs left",
@@ -48,3 +60,35 @@ def _median_row(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 _ACCURACIES = ("one_shot_accuracy", "tuned_accuracy")
+
+
+def recovery_section(records: Records) -> list[str]:
+    """For each network the methods in rows, and for each start a column before tuning and one after it."""
+    lines: list[str] = []
+    for network, found in by_network(records).items():
+        lines += [
+            f"### {network}, {budget_name(found[0]['budget'])}\n",
+            conditions_line(found),
+            *_recovery_table(found),
+        ]
+    return [*lines, commits_line(records)]
+
+
+def _recovery_table(records: Records) -> list[str]:
+    cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        for cell in record["cells"]:
+            key = cell["key"]
+            cells.setdefault((key["weights"], key["widths"], key["method"]), []).append(cell["values"])
+    head, columns = ["chosen by"], []
+    for start in list(dict.fromkeys(place[:2] for place in cells)):
+        for stage, title in (("one_shot", "one-shot"), ("tuned", "fine-tuned")):
+            head.append(f"{VARIANT_NAMES[start]}: {title}")
+            rivals = [_of_stage(stage, cells.get((*start, method), [])) for method in METHOD_NAMES]
+            columns.append(compare(rivals, image_count(records)))
+    rows = [list(texts) for texts in zip(METHOD_NAMES.values(), *columns, strict=True) if set(texts[1:]) != {"-"}]
+    return [table(head, rows), ""]
+
+
+def _of_stage(stage: str, values: Values) -> list[Mapping[str, Any]]:
+    return [{"accuracy": entry[f"{stage}_accuracy"], "wrong": entry[f"{stage}_wrong"]} for entry in values]
