@@ -3,7 +3,7 @@
     W = P + (Y - X P^T)^T X (X^T X + t ridge I)^-1,   ridge = relative_ridge * trace(X^T X) / (t d)
 
 with rows X (t, d) and answers Y (t, m), both centred where there is an intercept, and the given weights P (m, d):
-directions without data keep these.
+directions without data keep these. Where the rounding of the products exceeds the ridge, a larger one is taken.
 
 Axes: t rows, d features, m outputs.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from entprune.moments import GramSum, ProductSum
-from entprune.ridge import row_kernel
+from entprune.ridge import factorise, row_kernel
 
 
 class Fit(Protocol):
@@ -95,10 +95,8 @@ class PrimalFit:
     def _factorise(self, mean_x: Tensor, relative_ridge: float) -> tuple[Tensor, Tensor]:
         """Covariance (d, d) and the Cholesky factor of it with its ridge."""
         xx = self._xx.total() / self._count - torch.outer(mean_x, mean_x)
-        ridge = relative_ridge * xx.diagonal().mean().clamp_min(1e-12)
-        shifted = xx.clone()
-        shifted.diagonal().add_(ridge)
-        return xx, torch.linalg.cholesky(shifted)
+        ridge = relative_ridge * float(xx.diagonal().mean().clamp_min(1e-12))
+        return xx, factorise(xx.clone(), ridge)
 
 
 class DualFit:
@@ -141,9 +139,8 @@ class DualFit:
         """Centred rows (t, d), their mean (d,) and the factor of their kernel with its ridge."""
         x, mean_x = self._centred(self._rows)
         kernel = row_kernel(x)
-        ridge = relative_ridge * (kernel.trace() / x.numel()).clamp_min(1e-12)
-        kernel.diagonal().add_(len(x) * ridge)
-        return x, mean_x, torch.linalg.cholesky(kernel)
+        ridge = relative_ridge * float((kernel.trace() / x.numel()).clamp_min(1e-12))
+        return x, mean_x, factorise(kernel, len(x) * ridge)
 
     def _centred(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(t, k) float32 values less their (k,) mean, and the mean; zero without an intercept."""

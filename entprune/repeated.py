@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from entprune.layers import LayerSelection
 from entprune.moments import Moments
+from entprune.ridge import factorise
 
 
 def refit_repeated(
@@ -67,10 +68,10 @@ def _refit(weight: Tensor, columns: Tensor, scatter: Tensor | int, relative_ridg
     """Q = W_K + W_R G_RK (G_KK + ridge)^-1: (m, k) float64; nothing is shrunk that the kept features explain."""
     gram = torch.as_tensor(scatter)
     within = gram[columns][:, columns]
-    within.diagonal().add_(relative_ridge * within.diagonal().mean().clamp_min(1e-12))
+    factor = factorise(within, relative_ridge * float(within.diagonal().mean().clamp_min(1e-12)))
     missing = weight.clone()
     missing[:, columns] = 0.0
-    solved = torch.cholesky_solve((missing @ gram[:, columns]).T, torch.linalg.cholesky(within)).T
+    solved = torch.cholesky_solve((missing @ gram[:, columns]).T, factor).T
     return weight[:, columns] + solved
 
 

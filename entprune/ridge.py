@@ -17,23 +17,34 @@ from torch import Tensor
 from entprune.errors import ConfigError
 
 _RELATIVE_RIDGE = 1e-6
-_MAX_RIDGE_ATTEMPTS = 6
+_MAX_RIDGE_ATTEMPTS = 12
 _KERNEL_COLUMNS = 4096
 
 
 def cholesky_with_ridge(matrix: Tensor, *, relative_ridge: float = _RELATIVE_RIDGE) -> Tensor:
     """Lower Cholesky factor of a symmetric positive semi-definite matrix plus a ridge relative to its mean diagonal.
 
-    The ridge grows tenfold until the factorisation succeeds: rank-deficient Gram matrices are the rule in late layers.
+    The ridge grows as in :func:`factorise`: rank-deficient Gram matrices are the rule in late layers.
 
     Raises:
         ConfigError: the matrix holds NaN or infinity, so that no ridge helps.
     """
-    ridge = relative_ridge * float(matrix.diagonal().mean().clamp_min(1e-30))
+    return factorise(matrix.clone(), relative_ridge * float(matrix.diagonal().mean().clamp_min(1e-30)))
+
+
+def factorise(matrix: Tensor, ridge: float) -> Tensor:
+    """Lower Cholesky factor of a symmetric positive semi-definite matrix plus a ridge, which is added in place.
+
+    Float32 products leave a rank-deficient Gram matrix with eigenvalues below zero, by how much depends on the
+    processor: the ridge grows tenfold until the factorisation succeeds.
+
+    Raises:
+        ConfigError: the matrix holds NaN or infinity, so that no ridge helps.
+    """
+    diagonal = matrix.diagonal().clone()
     for _ in range(_MAX_RIDGE_ATTEMPTS):
-        shifted = matrix.clone()
-        shifted.diagonal().add_(ridge)
-        factor, info = torch.linalg.cholesky_ex(shifted)
+        matrix.diagonal().copy_(diagonal + ridge)
+        factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0:
             return torch.as_tensor(factor)
         ridge *= 10.0

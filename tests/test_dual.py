@@ -466,3 +466,15 @@ def test_network_with_fewer_images_than_features_is_pruned() -> None:
     assert found.report["one_shot"]["parameters_removed"] >= 0.4
     assert found.certificate.passed
     assert all(bool(torch.isfinite(value).all()) for value in found.model.state_dict().values())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_features_that_repeat_each_other_are_fit_whatever_the_rounding(seed: int) -> None:
+    """Three directions for twelve features: the Gram matrix has eigenvalues of rounding's size and either sign."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(500, 3, generator=generator) @ torch.randn(3, 12, generator=generator)
+    answers = rows @ torch.randn(12, 2, generator=generator)
+    for fit in (PrimalFit(12, 2, True, "cpu"), DualFit(True)):
+        fit.update(rows.clone(), answers.clone())
+        weight, bias = fit.solve(torch.zeros(2, 12), 1e-12)
+        torch.testing.assert_close(rows @ weight.T + bias, answers, atol=1e-2 * float(answers.std()), rtol=0)

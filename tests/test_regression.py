@@ -28,6 +28,7 @@ from entprune.regression import (
     quadratic_probability_step,
     weight_step,
 )
+from entprune.ridge import factorise
 from tests.regression_problems import random_covariance, random_problem, refit_error
 
 BLOCKS = st.lists(st.integers(1, 3), min_size=1, max_size=3)
@@ -362,6 +363,12 @@ def test_factor_of_a_singular_matrix_is_close_to_it(size: int, rank: int, seed: 
     matrix = rows.T @ rows
     factor: Tensor = cholesky_with_ridge(matrix)
     torch.testing.assert_close(factor @ factor.T, matrix, atol=1e-4 * float(matrix.diagonal().mean()) + 1e-6, rtol=0)
+
+
+def test_ridge_grows_past_what_rounding_made_negative() -> None:
+    matrix = torch.diag(torch.tensor([1.0, 1.0, -1e-5], dtype=torch.float64))
+    factor = factorise(matrix.clone(), 1e-6)
+    torch.testing.assert_close(factor @ factor.T, matrix + 1e-4 * torch.eye(3, dtype=torch.float64))
 
 
 def test_nan_in_the_gram_matrix_is_explained() -> None:
