@@ -140,11 +140,12 @@ def conditions_line(records: Records) -> str:
     """The unpruned network, images and seeds."""
     facts, seeds = records[0]["facts"], sorted({record["seed"] for record in records})
     dense = facts["dense"]
+    images = sorted({record["facts"]["calibration_samples"] for record in records})
     drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± standard deviation over the seeds {seeds}"
     return (
         f"Unpruned: {dense['accuracy']:.2f} %, {dense['parameters']:,} parameters, {dense['macs']:,} multiply-"
         f"accumulates. Accuracy in percent on {facts['test_samples']:,} test images; {drawn}; "
-        f"{facts['calibration_samples']:,} calibration images.\n"
+        f"{' or '.join(f'{count:,}' for count in images)} calibration images.\n"
     )
 
 
