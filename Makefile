@@ -75,7 +75,7 @@ faults: $(VENV)/.dev
 benchmark: $(VENV)/.dev
 	$(BIN)/python -m infra.benchmark --part "$(PART)" --network "$(NETWORK)" --seed "$(SEED)" --budget "$(BUDGET)" \
 		--methods "$(METHODS)" --threads "$(THREADS)" --data-root "$(DATA)" --checkpoints "$(CHECKPOINTS)" \
-		$(if $(FORCE),--force)
+		$(if $(DEVICE),--device "$(DEVICE)") $(if $(PRUNED),--pruned "$(PRUNED)") $(if $(FORCE),--force)
 
 benchmark-page: $(VENV)/.dev
 	$(BIN)/python -m infra.benchmark.render --root

@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from entprune.augmentation import augment
 from entprune.datasets import ImageData, ImageSplit
+from entprune.datasets.resident import place_images
 from entprune.errors import ConfigError, DataError
 from entprune.evaluation import Progress, accuracy, has_native_bfloat16, locate_model, resolve_device
+from entprune.replay import RECORDING, ReplayedStep, Step
 from entprune.resumption import TrainingState, capture_arrays, restore_arrays
 
 # (logits, augmented images, labels) of one batch -> loss
@@ -213,33 +216,6 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
     return model
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image at random, repeating its border, and mirror every second one of those with 3 channels.
-
-    Shifts reach an eighth of the side with 3 channels (4 pixels for 32x32), otherwise a fourteenth but at least one
-    pixel (2 for 28x28): digits are centred, and mirroring changes what they say.
-
-    Args:
-        images: (n, c, h, w) on any device.
-        generator: on the CPU; draws the same numbers whatever the device.
-
-    Returns:
-        New images of the same shape.
-    """
-    num_images, num_channels, height, width = images.shape
-    is_colour = num_channels == 3
-    rows = _shifted_positions(num_images, height, 8 if is_colour else 14, generator)
-    columns = _shifted_positions(num_images, width, 8 if is_colour else 14, generator)
-    if is_colour:
-        is_mirrored = torch.rand(num_images, 1, generator=generator) < 0.5
-        columns = torch.where(is_mirrored, columns.flip(1), columns)
-    image = torch.arange(num_images).view(-1, 1, 1, 1).to(images.device)
-    channel = torch.arange(num_channels).view(1, -1, 1, 1).to(images.device)
-    row = rows.view(num_images, 1, height, 1).to(images.device)
-    column = columns.view(num_images, 1, 1, width).to(images.device)
-    return images[image, channel, row, column]
-
-
 def one_cycle(step: int, total_steps: int) -> float:
     """Return the learning rate of a step as a fraction of its peak: a linear rise over a quarter, then half a cosine.
 
@@ -280,7 +256,10 @@ class _Loop:
         self.config, self.device, self.total_steps = config, device, total_steps
         self.is_mixed = has_native_bfloat16(str(device)) if config.amp is None else config.amp
         self.memory_format = torch.contiguous_format
-        self.optimiser = _make_optimiser(model, config)
+        self.rate = torch.zeros((), device=device) if device.type == "cuda" else None  # a recorded step reads it there
+        self.optimiser = _make_optimiser(model, config, self.rate)
+        self.images = place_images(split, device)
+        self.learn: Step = self._learn if self.rate is None else ReplayedStep(self._learn, device)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.order_generator = np.random.default_rng(config.seed)
         self.steps = 0
@@ -288,19 +267,31 @@ class _Loop:
 
     def step(self, indices: npt.NDArray[np.int64]) -> Tensor:
         """Train on one batch; returns its loss and its number of correct images, (2,), on the training device."""
-        images = self.split.batch(indices).to(self.device)
+        images, labels = self._fetch(indices)
         images = augment(images, self.generator) if self.config.augment else images
-        images = images.contiguous(memory_format=self.memory_format)
-        labels = torch.from_numpy(self.split.labels[indices]).to(self.device)
+        self._set_rate(self.config.learning_rate * one_cycle(self.steps, self.total_steps))
+        self.steps += 1
+        return self.learn(images.contiguous(memory_format=self.memory_format), labels)
+
+    def _fetch(self, indices: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        if self.images is not None:
+            return self.images.batch(indices)
+        labels = torch.from_numpy(self.split.labels[indices])
+        return self.split.batch(indices).to(self.device), labels.to(self.device)
+
+    def _set_rate(self, rate: float) -> None:
+        if self.rate is not None:
+            self.rate.fill_(rate)
+        for group in self.optimiser.param_groups:  # a restored optimiser has its own
+            group["lr"] = rate if self.rate is None else self.rate
+
+    def _learn(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_mixed):
             logits = self.model(images).float()
             loss = self.loss_function(logits, images, labels)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.config.learning_rate * one_cycle(self.steps, self.total_steps)
         self.optimiser.zero_grad()
         torch.autograd.backward(loss)
         self.optimiser.step()
-        self.steps += 1
         return torch.stack((loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()))
 
     def capture(self) -> TrainingState:
@@ -353,22 +344,17 @@ def _run_epoch(
     )
 
 
-def _make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def _make_optimiser(model: nn.Module, config: TrainConfig, rate: Tensor | None) -> torch.optim.Optimizer:
+    """The optimiser, and where a tensor holds the learning rate, one that reads it on the device."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
+    lr, on_device = (config.learning_rate, None) if rate is None else (rate, True)
     if config.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=_MOMENTUM, nesterov=True)
-
-
-def _shifted_positions(num_images: int, length: int, fraction: int, generator: torch.Generator) -> Tensor:
-    """Return for each image the source position of each row or column, (num_images, length)."""
-    reach = max(1, length // fraction)
-    shift = torch.randint(-reach, reach + 1, (num_images, 1), generator=generator)
-    return (torch.arange(length) + shift).clamp_(0, length - 1)
+        return torch.optim.AdamW(groups, lr=lr, fused=on_device, capturable=on_device is not None)
+    return torch.optim.SGD(groups, lr=lr, momentum=_MOMENTUM, nesterov=True, fused=on_device)
 
 
 @contextmanager
@@ -377,7 +363,7 @@ def _seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
     with _forked_generators(device):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
-            with torch.cuda.device(device):
+            with RECORDING, torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
 
@@ -385,5 +371,12 @@ def _seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _forked_generators(device: torch.device) -> Iterator[None]:
     """Put the state of the global generators back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
-        yield
+    fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else ())
+    with ExitStack() as stack:
+        with RECORDING:
+            stack.enter_context(fork)
+        try:
+            yield
+        finally:
+            with RECORDING:
+                stack.close()

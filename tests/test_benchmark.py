@@ -106,7 +106,7 @@ def measured(request_chain: TinyRequest, tmp_path_factory: pytest.TempPathFactor
         "epoch": (epoch.EpochMeter(request_chain), {"max_accuracy_drop": 30.0}),
         "latency": (latency.LatencyMeter(request_chain), {"budget": "parameters_removed-0.8"}),
         "sweep": (sweep_cost.SweepMeter(request_chain), {"settings": "12 entropy weights"}),
-        "tuned": (tuned.TunedMeter(request_chain, TINY_RECIPE), TINY_RECIPE.key()),
+        "tuned": (tuned.TunedMeter(request_chain, (TINY_RECIPE,)), TINY_RECIPE.key()),
     }
     for part, (meter, key) in meters.items():
         values = meter.measure(Subject(part=part, network="chain", seed=0), key)

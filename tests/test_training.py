@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from entprune.augmentation import augment
 from entprune.datasets import ArraySplit, ImageData, load_data
 from entprune.errors import ConfigError, DataError
 from entprune.evaluation import has_native_bfloat16
 from entprune.models import build_model
-from entprune.training import TrainConfig, augment, fit, one_cycle, train
+from entprune.training import TrainConfig, fit, one_cycle, train
 
 
 def make_data(num_images: int = 40) -> ImageData:

@@ -13,7 +13,7 @@ from torch import Tensor
 from entprune import Budget, PruningResult, prune
 from entprune.errors import ConfigError
 from entprune.stages import ImageSet
-from infra.benchmark.networks import NETWORKS, Bench
+from infra.benchmark.networks import LONG_TRAINED, NETWORKS, Bench
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
 
@@ -58,7 +58,7 @@ def prune_to(bench: Bench, budget: Budget, *, is_tested: bool = True) -> Pruning
         evaluate=Subset(bench.validation),
         test=Subset(bench.test) if is_tested else None,
         config=bench.config,
-        model_spec=bench.entry.name,
+        model_spec=bench.entry.model_spec,
     )
 
 
@@ -101,5 +101,6 @@ def cells(request: Request) -> list[tuple[Subject, Key]]:
 
 
 PART = Part(
-    name="budgets", networks=tuple(NETWORKS), threads=2, cells=cells, meter=BudgetMeter, headline=("timings_seconds",)
-)
+    name="budgets", networks=(*NETWORKS, *LONG_TRAINED), threads=2, cells=cells, meter=BudgetMeter,
+    headline=("timings_seconds",),
+)  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from entprune.config import PruneConfig
@@ -27,6 +28,8 @@ class Request:
         folders: where data and checkpoints lie.
         methods: selectors of the parts `selection` and `recovery`.
         budget: label of the only budget wanted, empty for all.
+        device: where the heavy work runs, such as "cpu" or "cuda".
+        pruned: where the part `tuned` keeps pruned networks, None for nowhere.
     """
 
     network: str
@@ -35,10 +38,14 @@ class Request:
     folders: Folders
     methods: tuple[str, ...] = ()
     budget: str = ""
+    device: str = "cpu"
+    pruned: Path | None = None
 
     def config(self, calibration_samples: int | None = None) -> PruneConfig:
-        """Settings of this project: the defaults but for seed, threads and, if asked, the calibration images."""
-        return PruneConfig(seed=self.seed, threads=self.threads, calibration_samples=calibration_samples)
+        """Settings of this project: the defaults but for seed, threads, device and, if asked, calibration images."""
+        return PruneConfig(
+            seed=self.seed, threads=self.threads, calibration_samples=calibration_samples, device=self.device
+        )
 
     def bench(self, calibration_samples: int | None = None) -> Bench:
         """The network with its images; as many calibration images as the defaults find unless a number is given."""

@@ -7,16 +7,20 @@ candidates were compared on are not trained on; the test images are measured at 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from entprune.config import Budget
+from entprune.errors import ConfigError
+from entprune.evaluation import accuracy
 from entprune.finetune import FinetuneConfig, finetune
 from entprune.runner import torch_threads
-from infra.benchmark.budgets import prune_to
 from infra.benchmark.contest import budget_label
 from infra.benchmark.parts import Key, Part, Request
+from infra.benchmark.pruned import pruned_network
 from infra.benchmark.records import Record, Subject
 
 
@@ -47,15 +51,23 @@ def tuning_key(tuning: FinetuneConfig) -> Key:
 
 
 _LABELS_ALONE = {"learning_rate": 0.05, "distillation_weight": 0.0}
-RECIPES = {
-    "vgg16_cifar": Recipe(
-        budget=Budget(parameters_removed=0.95), tuning=FinetuneConfig(epochs=14, **_LABELS_ALONE)
+_LONG = FinetuneConfig(epochs=100, learning_rate=0.1, distillation_weight=0.5)
+RECIPES: dict[str, tuple[Recipe, ...]] = {
+    "vgg16_cifar": (Recipe(budget=Budget(parameters_removed=0.95), tuning=FinetuneConfig(epochs=14, **_LABELS_ALONE)),),
+    "resnet18_cifar": (
+        Recipe(budget=Budget(parameters_removed=0.92), tuning=FinetuneConfig(epochs=8, **_LABELS_ALONE)),
     ),
-    "resnet18_cifar": Recipe(
-        budget=Budget(parameters_removed=0.92), tuning=FinetuneConfig(epochs=8, **_LABELS_ALONE)
+    "resnet56_cifar": (
+        Recipe(budget=Budget(macs_removed=0.531), tuning=_LONG),
+        Recipe(budget=Budget(macs_removed=0.611), tuning=_LONG),
     ),
-    "resnet56_cifar": Recipe(budget=Budget(macs_removed=0.531), tuning=FinetuneConfig(epochs=10, learning_rate=0.05)),
-}  # fmt: skip
+    "vgg16_cifar_long": (
+        Recipe(budget=Budget(parameters_removed=0.95), tuning=FinetuneConfig(epochs=40, learning_rate=0.1)),
+    ),
+    "resnet18_cifar_long": (
+        Recipe(budget=Budget(parameters_removed=0.92), tuning=FinetuneConfig(epochs=40, learning_rate=0.1)),
+    ),
+}
 
 
 class TunedMeter:
@@ -63,11 +75,12 @@ class TunedMeter:
 
     Args:
         request: what is asked.
-        recipe: how; by default that of the network.
+        recipes: how; by default those of the network.
     """
 
-    def __init__(self, request: Request, recipe: Recipe | None = None) -> None:
-        self._bench, self._recipe = request.bench(), recipe or RECIPES[request.network]
+    def __init__(self, request: Request, recipes: Sequence[Recipe] = ()) -> None:
+        self._bench, self._folder = request.bench(), request.pruned
+        self._recipes = tuple(recipes) or RECIPES[request.network]
 
     def facts(self, record: Record) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
         """Hashes of the inputs."""
@@ -75,29 +88,35 @@ class TunedMeter:
 
     def measure(self, subject: Subject, key: Key) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
         """Accuracy of the unpruned network, of the pruned one, and of that after tuning."""
-        bench, tuning = self._bench, replace(self._recipe.tuning, seed=self._bench.config.seed)
+        bench = self._bench
+        recipe = next(recipe for recipe in self._recipes if recipe.key() == key)
+        tuning = replace(recipe.tuning, seed=bench.config.seed, device=bench.config.device)
+        pruned = pruned_network(bench, recipe.budget, self._folder)
         start = time.perf_counter()
-        result = prune_to(bench, self._recipe.budget)
-        pruned = time.perf_counter()
         with torch_threads(bench.config.threads):
             tuned = finetune(
-                result.model, bench.model, bench.data.train, tuning, validation_indices=bench.validation.indices,
+                pruned.model, bench.model, bench.data.train, tuning, validation_indices=bench.validation.indices,
                 progress=say_steps,
             )  # fmt: skip
-        seconds = time.perf_counter() - pruned
-        dense, small = result.report["dense"], result.report["one_shot"]
+        seconds = time.perf_counter() - start
         return {
-            "dense": dense,
-            "parameters_removed": small["parameters_removed"],
-            "macs_removed": small["macs_removed"],
-            "parameters": small["parameters"],
-            "macs": small["macs"],
-            "one_shot_accuracy": small["accuracy"],
+            "dense": pruned.dense,
+            "parameters_removed": pruned.one_shot["parameters_removed"],
+            "macs_removed": pruned.one_shot["macs_removed"],
+            "parameters": pruned.one_shot["parameters"],
+            "macs": pruned.one_shot["macs"],
+            "one_shot_accuracy": pruned.one_shot["accuracy"],
+            "validation_accuracy": self._validation_accuracy(tuned),
             "tuned_accuracy": bench.accuracy(tuned),
-            "prune_seconds": round(pruned - start, 1),
+            "prune_seconds": pruned.seconds,
             "epoch_seconds": round(seconds / tuning.epochs, 1),
+            "batch_size": tuning.batch_size,
             "threads": bench.config.threads,
         }
+
+    def _validation_accuracy(self, model: nn.Module) -> float:
+        images = self._bench.validation
+        return accuracy(model, images.split, indices=images.indices, device=self._bench.config.device)
 
 
 def say_steps(done: int, total: int, text: str) -> None:
@@ -107,9 +126,19 @@ def say_steps(done: int, total: int, text: str) -> None:
 
 
 def cells(request: Request) -> list[tuple[Subject, Key]]:
-    """One cell for each network."""
-    subject = Subject(part="tuned", network=request.network, seed=request.seed)
-    return [(subject, RECIPES[request.network].key())]
+    """One cell for each recipe.
+
+    Raises:
+        ConfigError: there is no such budget.
+    """
+    keys = {recipe.key()["budget"]: recipe.key() for recipe in RECIPES[request.network]}
+    if request.budget not in {"", *keys}:
+        raise ConfigError(f"budget: expected one of {', '.join(keys)}, got {request.budget!r}.")
+    return [
+        (Subject(part="tuned", network=request.network, seed=request.seed, budget=budget), key)
+        for budget, key in keys.items()
+        if request.budget in {"", budget}
+    ]
 
 
 PART = Part(
