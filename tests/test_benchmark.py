@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,13 @@ from torch import Tensor, nn
 
 from entprune import stages
 from entprune.assembly import slice_network
+from entprune.checkpoints import load_checkpoint, sha256_file
 from entprune.config import Budget
+from entprune.datasets import load_data
+from entprune.errors import ArtifactError, ConfigError
+from entprune.evaluation import accuracy
 from entprune.finetune import FinetuneConfig, finetune
+from entprune.models import build_model
 from entprune.plan import PruningPlan
 
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
@@ -22,8 +28,10 @@ pytest.importorskip("sklearn", reason="the benchmark's peers are development dep
 
 from infra.benchmark import (
     ablation,
+    at_once,
     budgets,
     contest,
+    dense,
     epoch,
     latency,
     memory,
@@ -34,9 +42,10 @@ from infra.benchmark import (
     tuned,
 )
 from infra.benchmark.__main__ import choose, main
-from infra.benchmark.networks import Folders
+from infra.benchmark.networks import Folders, TrainedNetwork
 from infra.benchmark.outcomes import unpack_outcomes
-from infra.benchmark.parts import Request
+from infra.benchmark.parts import Part, Request
+from infra.benchmark.pruned import pruned_network
 from infra.benchmark.records import Record, Subject, all_records
 from infra.benchmark.selectors import METHODS, make_selector, select_plan
 from tests.benchmark_requests import RUN_WITH_VERSIONS, TinyRequest, measure_to, page_of
@@ -80,6 +89,74 @@ def test_every_method_is_measured_at_the_same_size_plain_and_refit(
     assert found["plain", "uniform", "l1"]["accuracy"] == bench.accuracy(sliced)
     assert found["plain", "uniform", "l1"]["plan_sha256"] == plan.digest()
     assert found["plain", "uniform", "l1"]["parameters"] == sum(value.numel() for value in sliced.parameters())
+
+
+def test_a_pruned_network_is_kept_for_another_machine_to_tune(request_chain: TinyRequest, tmp_path: Path) -> None:
+    bench, budget = request_chain.bench(), TINY_RECIPE.budget
+    first = pruned_network(bench, budget, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "chain-parameters_removed-0.5-seed0",
+        "chain-parameters_removed-0.5-seed0.json",
+    }
+    with pytest.raises(ArtifactError, match="model"):  # a network of the tests has no name to build it by
+        pruned_network(bench, budget, tmp_path)
+    assert pruned_network(bench, budget, None).one_shot["accuracy"] == first.one_shot["accuracy"]
+    bench.facts["checkpoint_sha256"] = "another"
+    with pytest.raises(ConfigError, match="expected one made from the checkpoint and images given"):
+        pruned_network(bench, budget, tmp_path)
+
+
+def test_a_longer_training_stores_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = TrainedNetwork(
+        name="digits_long", model="digits_cnn", checkpoint="long.pt", data="digits", parameters_removed=(),
+        macs_removed=(),
+    )  # fmt: skip
+    monkeypatch.setattr(dense, "find_network", lambda _: entry)
+    monkeypatch.setattr(dense, "EPOCHS", 4)
+    request = Request(network="digits_long", seed=1, threads=1, folders=Folders(data=tmp_path, checkpoints=tmp_path))
+    ((subject, key),) = dense.cells(request)
+    values = dense.DenseMeter(request).measure(subject, key)
+    data = load_data("digits")
+    model = build_model("digits_cnn", num_classes=10, input_shape=data.input_shape)
+    stored = load_checkpoint(model, tmp_path / "long.pt")
+    assert values["accuracy"] == accuracy(stored, data.test) > 90
+    assert values["checkpoint_sha256"] == sha256_file(tmp_path / "long.pt")
+    assert torch.load(tmp_path / "long.pt", weights_only=True)["conv1.weight"].dtype == torch.float16
+
+
+class FakeMeter:
+    """Trains nothing; a tuned network needs the one that another job trains."""
+
+    def __init__(self, request: Request) -> None:
+        self._file = request.folders.checkpoints / f"{request.network}.pt"
+
+    def facts(self, record: Record) -> dict[str, str]:
+        return {}
+
+    def measure(self, subject: Subject, key: dict) -> dict[str, int]:
+        if subject.part == "dense":
+            time.sleep(0.3)
+            self._file.touch()
+        elif not self._file.exists():
+            raise ConfigError("it came too early.")
+        return {"seed": subject.seed}
+
+
+def test_trainings_at_once_wait_for_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = {
+        name: Part(
+            name=name, networks=(), threads=1, meter=FakeMeter,
+            cells=lambda request, name=name: [(Subject(part=name, network=request.network, seed=request.seed), {})],
+        )
+        for name in ("dense", "tuned")
+    }  # fmt: skip
+    monkeypatch.setattr(at_once, "_PARTS", fakes)
+    arguments = ["--device", "cpu", "--checkpoints", str(tmp_path), "--results", str(tmp_path / "results")]
+    jobs = ["tuned:vgg16_cifar_long:1", "tuned:vgg16_cifar_long:2", "dense:vgg16_cifar_long:0"]
+    assert at_once.main([*jobs, *arguments]) == 0
+    assert [record["cells"][0]["values"]["seed"] for record in all_records("tuned", tmp_path / "results")] == [1, 2]
+    assert at_once.main(["tuned:resnet18_cifar:0", *arguments]) == 1
+    assert at_once.main(["sorted:resnet18_cifar:0", *arguments]) == 2
 
 
 def test_calibration_validation_and_test_images_are_apart(request_chain: TinyRequest) -> None:
@@ -308,7 +385,7 @@ def test_the_other_parts_have_their_figures_on_the_page(measured: Path, tmp_path
     text = page_of(measured, tmp_path / "out")
     (record,) = all_records("epoch", measured)
     assert f"| {record['cells'][0]['values']['prune_seconds']:.1f} |" in text
-    assert text.count("Not measured yet.") == 6  # selection, recovery, scaling, ablation, actors and engine
+    assert text.count("Not measured yet.") == 7  # selection, dense, recovery, scaling, ablation, actors and engine
     assert (tmp_path / "out" / "plots" / "latency.svg").exists()
     (record,) = all_records("sweep", measured)
     assert f"| {record['cells'][0]['values']['ratio']:.2f} | 13 |" in text

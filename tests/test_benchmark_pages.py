@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from entprune.errors import ConfigError
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
 pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
 
-from infra.benchmark import recovery, selection, tuned
+from infra.benchmark import dense, recovery, selection, tuned
 from infra.benchmark.networks import Folders
 from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
 from infra.benchmark.parts import Request
@@ -118,8 +119,18 @@ def test_seeds_of_a_tuned_network_have_their_medians(tmp_path: Path) -> None:
     first = (
         "| vgg16_cifar, 95% of the parameters | 0 | 91.50 | 89.00 | 2.50 | 91.00 | 0.50 | 1,234 | 5,678 | 14 | 0.05 |"
     )
-    assert f"{first} 0 | 86 | 2 |" in text
+    assert f"{first} 0 | 86 | 2 threads |" in text
     assert "| vgg16_cifar, 95% of the parameters | **median** |  |  | **2.50** |  | **0.10** |" in text
+
+
+def test_a_network_that_was_trained_for_the_benchmark_is_named_by_its_hash(tmp_path: Path) -> None:
+    ((subject, key),) = dense.cells(replace(recovery_request(), network="vgg16_cifar_long"))
+    values = {"accuracy": 93.71, "epoch_seconds": 1.234, "checkpoint_sha256": "0123456789abcdef" * 4}
+    run = RUN_WITH_VERSIONS | {"environment": {"threads": 2, "torch": "2", "gpu": "NVIDIA H100"}}
+    Record(subject.path(tmp_path / "results"), subject).put(key, values, run)
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    row = f"| vgg16_cifar_long | 0 | 93.71 | {dense.EPOCHS} | 128 | 0.05 | 0.0005 | 1.2 | NVIDIA H100 |"
+    assert f"{row} `0123456789abcdef…` |" in text
 
 
 def test_methods_tuned_alike_are_compared_before_and_after(tmp_path: Path) -> None:

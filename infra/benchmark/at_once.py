@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,13 +24,13 @@ from typing import Any
 import torch
 
 from entprune.errors import ConfigError, EntpruneError
-from infra.benchmark import dense, tuned
+from infra.benchmark import budgets, dense, tuned
 from infra.benchmark.networks import Folders, find_network
 from infra.benchmark.parts import Part, Request
 from infra.benchmark.records import RESULTS
 from infra.benchmark.running import run_part
 
-_PARTS: dict[str, Part] = {module.PART.name: module.PART for module in (dense, tuned)}
+_PARTS: dict[str, Part] = {module.PART.name: module.PART for module in (budgets, dense, tuned)}
 
 
 class Jobs:
@@ -105,7 +106,7 @@ class Jobs:
         print(f"[{time.perf_counter() - self._start:.0f} s] {text}", flush=True)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the jobs; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="+", metavar="PART:NETWORK:SEED[:BUDGET]")
@@ -116,8 +117,9 @@ def main() -> int:
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.backends.cudnn.allow_tf32 = False  # accuracies are measured in float32; training is in bfloat16
     try:
-        return 0 if Jobs(parser.parse_args()).run() else 1
+        return 0 if Jobs(parser.parse_args(arguments)).run() else 1
     except EntpruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from infra.benchmark.tables import (
 
 _HEAD = (
     "network, removed", "seed", "unpruned", "one-shot", "drop", "fine-tuned", "drop", "parameters left", "MACs left",
-    "epochs", "peak learning rate", "weight of the unpruned network", "seconds of an epoch", "threads",
+    "epochs", "peak learning rate", "weight of the unpruned network", "seconds of an epoch", "machine",
 )  # fmt: skip
 
 
@@ -32,7 +32,8 @@ def tuned_section(records: Records) -> list[str]:
     for record in records:
         for cell in record["cells"]:
             place = (record["network"], *cell["key"].values())
-            runs.setdefault(place, []).append((record["seed"], cell["values"]))
+            values = {**cell["values"], "machine": _machine(record, cell)}
+            runs.setdefault(place, []).append((record["seed"], values))
     rows = []
     for (network, budget, *recipe), found in sorted(runs.items()):
         found.sort(key=lambda run: run[0])
@@ -47,7 +48,7 @@ def _row(seed: int, values: Mapping[str, Any], recipe: Sequence[Any]) -> list[st
     dense, epochs, rate, weight = values["dense"]["accuracy"], *recipe
     shots = [f"{figure:.2f}" for name in _ACCURACIES for figure in (values[name], dense - values[name])]
     sizes = [f"{values[name]:,}" for name in ("parameters", "macs")]
-    costs = [f"{values['epoch_seconds']:.0f}", str(values["threads"])]
+    costs = [_short_seconds(values["epoch_seconds"]), values["machine"]]
     return [str(seed), f"{dense:.2f}", *shots, *sizes, str(epochs), f"{rate:g}", f"{weight:g}", *costs]
 
 
@@ -57,6 +58,35 @@ def _median_row(found: Sequence[Mapping[str, Any]]) -> list[str]:
         for name in _ACCURACIES
     ]
     return ["**median**", "", "", drops[0], "", drops[1], *[""] * 7]
+
+
+def _machine(record: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    """The GPU, or the threads on a CPU."""
+    environment = record["runs"][cell["run"]]["environment"]
+    return environment.get("gpu") or f"{cell['values'].get('threads', environment['threads'])} threads"
+
+
+def _short_seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def dense_section(records: Records) -> list[str]:
+    """One row for each network that was trained for the benchmark."""
+    head = (
+        "network", "seed", "accuracy", "epochs", "images in a batch", "peak learning rate", "weight decay",
+        "seconds of an epoch", "machine", "SHA-256 of the checkpoint",
+    )  # fmt: skip
+    rows = [
+        [
+            record["network"], str(record["seed"]), f"{values['accuracy']:.2f}", str(key["epochs"]),
+            str(key["batch_size"]), f"{key['learning_rate']:g}", f"{key['weight_decay']:g}",
+            _short_seconds(values["epoch_seconds"]), _machine(record, cell), f"`{values['checkpoint_sha256'][:16]}…`",
+        ]
+        for record in records
+        for cell in record["cells"]
+        for key, values in [(cell["key"], cell["values"])]
+    ]  # fmt: skip
+    return [table(head, rows), "", commits_line(records)]
 
 
 _ACCURACIES = ("one_shot_accuracy", "tuned_accuracy")
