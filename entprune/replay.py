@@ -64,9 +64,13 @@ class ReplayedStep:
 
     def _record(self, images: Tensor, labels: Tensor) -> None:
         graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+        current = torch.cuda.stream(
+            torch.cuda.current_stream(images.device)
+        )  # a failed recording leaves its own behind
         self._images, self._labels = images.clone(), labels.clone()
         try:
-            with RECORDING, torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with RECORDING, current, recording:
                 self._outcome = self._step(self._images, self._labels)
         except RuntimeError as cause:
             self._is_refused = True
