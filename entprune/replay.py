@@ -67,7 +67,7 @@ class ReplayedStep:
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         current = torch.cuda.stream(
             torch.cuda.current_stream(images.device)
-        )  # a failed recording leaves its own behind
+        )  # some torch versions leave theirs
         self._images, self._labels = images.clone(), labels.clone()
         try:
             with RECORDING, current, recording:
