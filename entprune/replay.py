@@ -65,9 +65,7 @@ class ReplayedStep:
     def _record(self, images: Tensor, labels: Tensor) -> None:
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-        current = torch.cuda.stream(
-            torch.cuda.current_stream(images.device)
-        )  # some torch versions leave theirs
+        current = torch.cuda.stream(torch.cuda.current_stream(images.device))  # some torch versions leave theirs
         self._images, self._labels = images.clone(), labels.clone()
         try:
             with RECORDING, current, recording:

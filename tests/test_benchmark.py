@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,16 @@ def test_a_pruned_network_is_kept_for_another_machine_to_tune(request_chain: Tin
     bench.facts["checkpoint_sha256"] = "another"
     with pytest.raises(ConfigError, match="expected one made from the checkpoint and images given"):
         pruned_network(bench, budget, tmp_path)
+
+
+def test_rounds_end_at_the_size_that_one_would_reach(request_chain: TinyRequest) -> None:
+    recipe = replace(TINY_RECIPE, rounds=2)
+    assert recipe.first_budget().parameters_removed == pytest.approx(1 - 0.5**0.5)
+    assert recipe.key() == TINY_RECIPE.key() | {"rounds": 2}
+    subject = Subject(part="tuned", network="chain", seed=0)
+    values = tuned.TunedMeter(request_chain, (recipe,)).measure(subject, recipe.key())
+    assert 0.5 <= values["parameters_removed"] < 0.6
+    assert values["parameters"] == pytest.approx((1 - values["parameters_removed"]) * values["dense"]["parameters"])
 
 
 def test_a_longer_training_stores_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+from torch import Tensor, nn
 
 from entprune import Budget, PruningResult, prune
 from entprune.errors import ConfigError
@@ -49,16 +49,16 @@ def prune_within(bench: Bench, points: float, *, is_tested: bool = True) -> Prun
     return prune_to(bench, Budget(max_accuracy_drop=points), is_tested=is_tested)
 
 
-def prune_to(bench: Bench, budget: Budget, *, is_tested: bool = True) -> PruningResult:
-    """Prune to any budget, as :func:`prune_within`."""
+def prune_to(bench: Bench, budget: Budget, *, model: nn.Module | None = None, is_tested: bool = True) -> PruningResult:
+    """Prune the network, or one that came of it, to any budget, as :func:`prune_within`."""
     return prune(
-        bench.model,
+        bench.model if model is None else model,
         Subset(bench.calibration),
         budget=budget,
         evaluate=Subset(bench.validation),
         test=Subset(bench.test) if is_tested else None,
         config=bench.config,
-        model_spec=bench.entry.model_spec,
+        model_spec=bench.entry.model_spec if model is None else None,
     )
 
 

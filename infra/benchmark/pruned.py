@@ -98,7 +98,7 @@ def main() -> int:
         for recipe in RECIPES[options.network]:
             if options.budget not in {"", budget_label(recipe.budget)}:
                 continue
-            pruned = pruned_network(bench, recipe.budget, options.pruned)
+            pruned = pruned_network(bench, recipe.first_budget(), options.pruned)
             print(f"{options.network} {budget_label(recipe.budget)} seed {options.seed}: {pruned.seconds:.0f} s")
     except EntpruneError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,11 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from entprune.allocation import Objective
 from entprune.config import Budget
 from entprune.errors import ConfigError
 from entprune.evaluation import accuracy
 from entprune.finetune import FinetuneConfig, finetune
+from entprune.rounds import round_budget
 from entprune.runner import torch_threads
+from infra.benchmark.budgets import prune_to
 from infra.benchmark.contest import budget_label
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.pruned import pruned_network
@@ -30,15 +33,22 @@ class Recipe:
 
     Attributes:
         budget: a size, so that nothing is searched.
-        tuning: its seed is the request's.
+        tuning: of each round; its seed is the request's.
+        rounds: of pruning and tuning in turns.
     """
 
     budget: Budget
     tuning: FinetuneConfig
+    rounds: int = 1
+
+    def first_budget(self) -> Budget:
+        """What the first round is asked."""
+        return round_budget(self.budget, 1, self.rounds, {"parameters": 1.0, "macs": 1.0})
 
     def key(self) -> Key:
         """What tells its cell from others."""
-        return {"budget": budget_label(self.budget), **tuning_key(self.tuning)}
+        rounds = {"rounds": self.rounds} if self.rounds > 1 else {}
+        return {"budget": budget_label(self.budget), **tuning_key(self.tuning), **rounds}
 
 
 def tuning_key(tuning: FinetuneConfig) -> Key:
@@ -53,6 +63,11 @@ def tuning_key(tuning: FinetuneConfig) -> Key:
 _LABELS_ALONE = {"learning_rate": 0.05, "distillation_weight": 0.0}
 _LONG = FinetuneConfig(epochs=100, learning_rate=0.1, distillation_weight=0.5)
 RECIPES: dict[str, tuple[Recipe, ...]] = {
+    "lenet": (
+        Recipe(
+            budget=Budget(parameters_removed=0.9745), tuning=FinetuneConfig(epochs=40, learning_rate=0.05), rounds=3
+        ),
+    ),
     "vgg16_cifar": (Recipe(budget=Budget(parameters_removed=0.95), tuning=FinetuneConfig(epochs=14, **_LABELS_ALONE)),),
     "resnet18_cifar": (
         Recipe(budget=Budget(parameters_removed=0.92), tuning=FinetuneConfig(epochs=8, **_LABELS_ALONE)),
@@ -90,29 +105,42 @@ class TunedMeter:
         """Accuracy of the unpruned network, of the pruned one, and of that after tuning."""
         bench = self._bench
         recipe = next(recipe for recipe in self._recipes if recipe.key() == key)
-        tuning = replace(recipe.tuning, seed=bench.config.seed, device=bench.config.device)
-        pruned = pruned_network(bench, recipe.budget, self._folder)
+        pruned = pruned_network(bench, recipe.first_budget(), self._folder)
         start = time.perf_counter()
-        with torch_threads(bench.config.threads):
-            tuned = finetune(
-                pruned.model, bench.model, bench.data.train, tuning, validation_indices=bench.validation.indices,
-                progress=say_steps,
-            )  # fmt: skip
-        seconds = time.perf_counter() - start
+        tuned = self._tune(pruned.model, recipe)
+        tuning_seconds, prune_seconds = time.perf_counter() - start, pruned.seconds
+        size = {name: pruned.one_shot[name] for name in ("parameters", "macs")}
+        for number in range(2, recipe.rounds + 1):
+            start = time.perf_counter()
+            kept: dict[Objective, float] = {name: size[name] / pruned.dense[name] for name in ("parameters", "macs")}
+            again = prune_to(bench, round_budget(recipe.budget, number, recipe.rounds, kept), model=tuned)
+            size = {name: again.report["one_shot"][name] for name in size}
+            between = time.perf_counter()
+            tuned = self._tune(again.model, recipe)
+            prune_seconds += between - start
+            tuning_seconds += time.perf_counter() - between
         return {
             "dense": pruned.dense,
-            "parameters_removed": pruned.one_shot["parameters_removed"],
-            "macs_removed": pruned.one_shot["macs_removed"],
-            "parameters": pruned.one_shot["parameters"],
-            "macs": pruned.one_shot["macs"],
+            "parameters_removed": 1.0 - size["parameters"] / pruned.dense["parameters"],
+            "macs_removed": 1.0 - size["macs"] / pruned.dense["macs"],
+            **size,
             "one_shot_accuracy": pruned.one_shot["accuracy"],
             "validation_accuracy": self._validation_accuracy(tuned),
             "tuned_accuracy": bench.accuracy(tuned),
-            "prune_seconds": pruned.seconds,
-            "epoch_seconds": round(seconds / tuning.epochs, 1),
-            "batch_size": tuning.batch_size,
+            "prune_seconds": round(prune_seconds, 1),
+            "epoch_seconds": round(tuning_seconds / recipe.tuning.epochs / recipe.rounds, 1),
+            "batch_size": recipe.tuning.batch_size,
             "threads": bench.config.threads,
         }
+
+    def _tune(self, model: nn.Module, recipe: Recipe) -> nn.Module:
+        bench = self._bench
+        tuning = replace(recipe.tuning, seed=bench.config.seed, device=bench.config.device)
+        with torch_threads(bench.config.threads):
+            return finetune(
+                model, bench.model, bench.data.train, tuning, validation_indices=bench.validation.indices,
+                progress=say_steps,
+            )  # fmt: skip
 
     def _validation_accuracy(self, model: nn.Module) -> float:
         images = self._bench.validation

@@ -31,7 +31,9 @@ def tuned_section(records: Records) -> list[str]:
     runs: dict[tuple[Any, ...], list[tuple[int, Mapping[str, Any]]]] = {}
     for record in records:
         for cell in record["cells"]:
-            place = (record["network"], *cell["key"].values())
+            key = {"rounds": 1, **cell["key"]}
+            names = ("budget", "epochs", "learning_rate", "distillation_weight", "rounds")
+            place = (record["network"], *(key[name] for name in names))
             values = {**cell["values"], "machine": _machine(record, cell)}
             runs.setdefault(place, []).append((record["seed"], values))
     rows = []
@@ -45,11 +47,12 @@ def tuned_section(records: Records) -> list[str]:
 
 
 def _row(seed: int, values: Mapping[str, Any], recipe: Sequence[Any]) -> list[str]:
-    dense, epochs, rate, weight = values["dense"]["accuracy"], *recipe
+    dense, epochs, rate, weight, rounds = values["dense"]["accuracy"], *recipe
     shots = [f"{figure:.2f}" for name in _ACCURACIES for figure in (values[name], dense - values[name])]
     sizes = [f"{values[name]:,}" for name in ("parameters", "macs")]
     costs = [_short_seconds(values["epoch_seconds"]), values["machine"]]
-    return [str(seed), f"{dense:.2f}", *shots, *sizes, str(epochs), f"{rate:g}", f"{weight:g}", *costs]
+    length = str(epochs) if rounds == 1 else f"{rounds} × {epochs}"
+    return [str(seed), f"{dense:.2f}", *shots, *sizes, length, f"{rate:g}", f"{weight:g}", *costs]
 
 
 def _median_row(found: Sequence[Mapping[str, Any]]) -> list[str]:
