@@ -23,6 +23,7 @@ from entprune.evaluation import accuracy
 from entprune.finetune import FinetuneConfig, finetune
 from entprune.models import build_model
 from entprune.plan import PruningPlan
+from entprune.training import TrainConfig
 
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
 pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
@@ -123,7 +124,7 @@ def test_a_longer_training_stores_what_it_measured(tmp_path: Path, monkeypatch: 
         macs_removed=(),
     )  # fmt: skip
     monkeypatch.setattr(dense, "find_network", lambda _: entry)
-    monkeypatch.setattr(dense, "EPOCHS", 4)
+    monkeypatch.setattr(dense, "RECIPE", TrainConfig(epochs=4))
     request = Request(network="digits_long", seed=1, threads=1, folders=Folders(data=tmp_path, checkpoints=tmp_path))
     ((subject, key),) = dense.cells(request)
     values = dense.DenseMeter(request).measure(subject, key)

@@ -21,7 +21,7 @@ from infra.benchmark.networks import LONG_TRAINED, find_network
 from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
 
-EPOCHS = 80
+RECIPE = TrainConfig(epochs=60, batch_size=256, learning_rate=0.2)
 _ELSEWHERE = ("seed", "device", "amp")  # in the subject and the run
 
 
@@ -65,7 +65,7 @@ class DenseMeter:
 
 def cells(request: Request) -> list[tuple[Subject, Key]]:
     """One cell for each network."""
-    recipe = asdict(TrainConfig(epochs=EPOCHS))
+    recipe = asdict(RECIPE)
     key = {name: value for name, value in recipe.items() if name not in _ELSEWHERE}
     return [(Subject(part="dense", network=request.network, seed=request.seed), key)]
 

@@ -5,6 +5,7 @@ Checkpoints and data are no part of the project; the folders come from the comma
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner
 from entprune.stages import ImageSet, Network, analyse, calibrate, solve
 
+_TRACING = threading.Lock()  # torch.fx patches all modules while it traces one
 _PLAIN = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -190,4 +192,5 @@ def load_bench(entry: TrainedNetwork, folders: Folders, config: PruneConfig) -> 
     checkpoint = folders.checkpoints / entry.checkpoint
     data = entry.load_data(folders.data)
     model = build_model(entry.model_spec, num_classes=data.num_classes, input_shape=data.input_shape)
-    return Bench(entry, load_checkpoint(model, checkpoint), data, config, sha256_file(checkpoint))
+    with _TRACING:
+        return Bench(entry, load_checkpoint(model, checkpoint), data, config, sha256_file(checkpoint))

@@ -61,7 +61,7 @@ def tuning_key(tuning: FinetuneConfig) -> Key:
 
 
 _LABELS_ALONE = {"learning_rate": 0.05, "distillation_weight": 0.0}
-_LONG = FinetuneConfig(epochs=100, learning_rate=0.1, distillation_weight=0.5)
+_LONG = FinetuneConfig(epochs=45, batch_size=256, learning_rate=0.1, distillation_weight=0.5)
 RECIPES: dict[str, tuple[Recipe, ...]] = {
     "lenet": (
         Recipe(
