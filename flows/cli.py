@@ -162,6 +162,9 @@ def prune(
     finetune_lr: Annotated[
         float | None, typer.Option(metavar="X", help="Peak of its learning rate; 0.02 by default.")
     ] = None,
+    finetune_batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Images in one step of it; 128 by default.")
+    ] = None,
     distillation_weight: Annotated[
         float | None, typer.Option(metavar="W", help="Share of the dense network in its loss; 0.9 by default.")
     ] = None,
@@ -210,7 +213,8 @@ def prune(
         "mean": numbers("mean", mean), "std": numbers("std", std), "max_accuracy_drop": max_accuracy_drop,
         "parameters_removed": parameters_removed, "macs_removed": macs_removed,
         "latency_removed": latency_removed, "latency_batch": latency_batch, "finetune_epochs": finetune_epochs,
-        "finetune_learning_rate": finetune_lr, "finetune_distillation_weight": distillation_weight, "rounds": rounds,
+        "finetune_learning_rate": finetune_lr, "finetune_batch_size": finetune_batch_size,
+        "finetune_distillation_weight": distillation_weight, "rounds": rounds,
         "calibration_samples": calibration_samples, "validation_samples": validation_samples, "workers": workers,
         "gpus_per_worker": gpus_per_worker, "memory_per_worker": memory_per_worker, "ray_address": ray_address,
         "device": device, "register": register, "seed": seed, "keep": tuple(keep or ()), "round_to": round_to,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,7 +31,7 @@ Train a small network on the digits that come with scikit-learn, in seconds:
 Train a ResNet on a GPU:
 
 [cyan]entprune train --model resnet20_cifar --data cifar10 --epochs 60 \\
-  --device cuda --output resnet20.pt[/cyan]"""
+  --batch-size 256 --lr 0.2 --device cuda --output resnet20.pt[/cyan]"""
 
 
 def train(
@@ -44,6 +43,8 @@ def train(
     mean: MeanOption = None,
     std: StdOption = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images in one step; 128 by default.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Peak of the learning rate; 0.05 by default.")] = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     register: Annotated[
@@ -61,9 +62,9 @@ def train(
     from flows.preflight import check_output_file
     from flows.progress_bar import RichReporter
 
-    config = TrainConfig(device=device, seed=seed)
-    if epochs is not None:
-        config = replace(config, epochs=epochs)
+    given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    config = TrainConfig(device=device, seed=seed, **chosen)
     if output.suffix not in {".safetensors", ".pt"}:
         raise CheckpointError(
             f"output '{output}': expected a name ending in .safetensors or .pt, got '{output.suffix}'."

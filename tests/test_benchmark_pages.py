@@ -129,7 +129,7 @@ def test_a_network_that_was_trained_for_the_benchmark_is_named_by_its_hash(tmp_p
     run = RUN_WITH_VERSIONS | {"environment": {"threads": 2, "torch": "2", "gpu": "NVIDIA H100"}}
     Record(subject.path(tmp_path / "results"), subject).put(key, values, run)
     text = page_of(tmp_path / "results", tmp_path / "out")
-    row = f"| vgg16_cifar_long | 0 | 93.71 | 60 | 256 | 0.2 | 0.0005 | 1.2 | NVIDIA H100 |"
+    row = "| vgg16_cifar_long | 0 | 93.71 | 60 | 256 | 0.2 | 0.0005 | 1.2 | NVIDIA H100 |"
     assert f"{row} `0123456789abcdef…` |" in text
 
 

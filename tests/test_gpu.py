@@ -113,9 +113,10 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_does(optimiser: str) -> No
 def test_images_that_are_on_the_device_are_those_of_the_split() -> None:
     seen: dict[type, list[Tensor]] = {ArraySplit: [], Wrapped: []}
     for split in (make_split(), Wrapped(make_split())):
+        batches = seen[type(split)]
 
-        def loss(logits: Tensor, images: Tensor, labels: Tensor, seen: list[Tensor] = seen[type(split)]) -> Tensor:
-            seen.extend((images.cpu(), labels.cpu()))  # reading back: every step calls this
+        def loss(logits: Tensor, images: Tensor, labels: Tensor, batches: list[Tensor] = batches) -> Tensor:
+            batches.extend((images.cpu(), labels.cpu()))  # reading back: every step calls this
             return logits.sum()
 
         fit(make_model(), split, np.arange(64), loss, config(epochs=1))  # type: ignore[arg-type]

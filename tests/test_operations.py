@@ -100,6 +100,7 @@ def test_schedule_takes_the_options_of_prune(monkeypatch: pytest.MonkeyPatch, tm
     options += ["--parameters-removed", "0.4", "--macs-removed", "0.3", "--latency-removed", "0.2"]
     options += ["--latency-batch", "8"]
     options += ["--finetune-epochs", "2", "--finetune-lr", "0.1", "--distillation-weight", "0.5"]
+    options += ["--finetune-batch-size", "64"]
     options += ["--rounds", "3", "--round-to", "4", "--seed", "5"]
     options += ["--calibration-samples", "100", "--validation-samples", "200", "--workers", "2"]
     asked: list[dict[str, Any]] = []
