@@ -24,7 +24,7 @@ from entprune.runner import torch_threads
 from infra.benchmark.budgets import prune_to
 from infra.benchmark.contest import budget_label
 from infra.benchmark.parts import Key, Part, Request
-from infra.benchmark.pruned import pruned_network
+from infra.benchmark.pruned import PrunedNetwork, pruned_network
 from infra.benchmark.records import Record, Subject
 
 
@@ -82,6 +82,25 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
 }
 
 
+_OBJECTIVES: tuple[Objective, ...] = ("parameters", "macs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Turns:
+    """What came of pruning and tuning.
+
+    Attributes:
+        tuned: the network after the last round.
+        size: its parameters and MACs.
+        prune_seconds, tuning_seconds: of all rounds.
+    """
+
+    tuned: nn.Module
+    size: Mapping[Objective, int]
+    prune_seconds: float
+    tuning_seconds: float
+
+
 class TunedMeter:
     """Prunes one network to a size and tunes it.
 
@@ -103,32 +122,40 @@ class TunedMeter:
         bench = self._bench
         recipe = next(recipe for recipe in self._recipes if recipe.key() == key)
         pruned = pruned_network(bench, recipe.first_budget(), self._folder)
-        start = time.perf_counter()
-        tuned = self._tune(pruned.model, recipe)
-        tuning_seconds, prune_seconds = time.perf_counter() - start, pruned.seconds
-        size = {name: pruned.one_shot[name] for name in ("parameters", "macs")}
-        for number in range(2, recipe.rounds + 1):
-            start = time.perf_counter()
-            kept: dict[Objective, float] = {name: size[name] / pruned.dense[name] for name in ("parameters", "macs")}
-            again = prune_to(bench, round_budget(recipe.budget, number, recipe.rounds, kept), model=tuned)
-            size = {name: again.report["one_shot"][name] for name in size}
-            between = time.perf_counter()
-            tuned = self._tune(again.model, recipe)
-            prune_seconds += between - start
-            tuning_seconds += time.perf_counter() - between
+        turns = self._take_turns(pruned, recipe)
         return {
             "dense": pruned.dense,
-            "parameters_removed": 1.0 - size["parameters"] / pruned.dense["parameters"],
-            "macs_removed": 1.0 - size["macs"] / pruned.dense["macs"],
-            **size,
+            "parameters_removed": 1.0 - turns.size["parameters"] / pruned.dense["parameters"],
+            "macs_removed": 1.0 - turns.size["macs"] / pruned.dense["macs"],
+            **turns.size,
             "one_shot_accuracy": pruned.one_shot["accuracy"],
-            "validation_accuracy": self._validation_accuracy(tuned),
-            "tuned_accuracy": bench.accuracy(tuned),
-            "prune_seconds": round(prune_seconds, 1),
-            "epoch_seconds": round(tuning_seconds / recipe.tuning.epochs / recipe.rounds, 1),
+            "validation_accuracy": self._validation_accuracy(turns.tuned),
+            "tuned_accuracy": bench.accuracy(turns.tuned),
+            "prune_seconds": round(turns.prune_seconds, 1),
+            "epoch_seconds": round(turns.tuning_seconds / recipe.tuning.epochs / recipe.rounds, 1),
             "batch_size": recipe.tuning.batch_size,
             "threads": bench.config.threads,
         }
+
+    def _take_turns(self, pruned: PrunedNetwork, recipe: Recipe) -> Turns:
+        """Tune the pruned network, and in further rounds prune and tune what came of it."""
+        size = {name: int(pruned.one_shot[name]) for name in _OBJECTIVES}
+        start = time.perf_counter()
+        tuned = self._tune(pruned.model, recipe)
+        turns = Turns(tuned=tuned, size=size, prune_seconds=pruned.seconds, tuning_seconds=time.perf_counter() - start)
+        for number in range(2, recipe.rounds + 1):
+            kept = {name: turns.size[name] / pruned.dense[name] for name in _OBJECTIVES}
+            start = time.perf_counter()
+            again = prune_to(self._bench, round_budget(recipe.budget, number, recipe.rounds, kept), model=turns.tuned)
+            between = time.perf_counter()
+            tuned = self._tune(again.model, recipe)
+            turns = Turns(
+                tuned=tuned,
+                size={name: int(again.report["one_shot"][name]) for name in _OBJECTIVES},
+                prune_seconds=turns.prune_seconds + between - start,
+                tuning_seconds=turns.tuning_seconds + time.perf_counter() - between,
+            )
+        return turns
 
     def _tune(self, model: nn.Module, recipe: Recipe) -> nn.Module:
         bench = self._bench
