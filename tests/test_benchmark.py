@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from entprune import stages
 from entprune.assembly import slice_network
 from entprune.checkpoints import load_checkpoint, sha256_file
-from entprune.config import Budget
+from entprune.config import Budget, PruneConfig
 from entprune.datasets import load_data
-from entprune.errors import ArtifactError, ConfigError
-from entprune.evaluation import accuracy
+from entprune.errors import ConfigError
+from entprune.evaluation import accuracy, count_parameters
 from entprune.finetune import FinetuneConfig, finetune
 from entprune.models import build_model
 from entprune.plan import PruningPlan
+from entprune.pruning import PruningResult
 from entprune.training import TrainConfig
 
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
@@ -44,13 +46,13 @@ from infra.benchmark import (
     tuned,
 )
 from infra.benchmark.__main__ import choose, main
-from infra.benchmark.networks import Folders, TrainedNetwork
+from infra.benchmark.networks import Bench, Folders, TrainedNetwork
 from infra.benchmark.outcomes import unpack_outcomes
 from infra.benchmark.parts import Part, Request
 from infra.benchmark.pruned import pruned_network
 from infra.benchmark.records import Record, Subject, all_records
 from infra.benchmark.selectors import METHODS, make_selector, select_plan
-from tests.benchmark_requests import RUN_WITH_VERSIONS, TinyRequest, measure_to, page_of
+from tests.benchmark_requests import ENTRY, RUN_WITH_VERSIONS, TinyRequest, measure_to, page_of
 
 # --- the parts, on a network of a few channels ------------------------------------------------------------------------
 
@@ -93,29 +95,47 @@ def test_every_method_is_measured_at_the_same_size_plain_and_refit(
     assert found["plain", "uniform", "l1"]["parameters"] == sum(value.numel() for value in sliced.parameters())
 
 
-def test_a_pruned_network_is_kept_for_another_machine_to_tune(request_chain: TinyRequest, tmp_path: Path) -> None:
-    bench, budget = request_chain.bench(), TINY_RECIPE.budget
+def test_a_pruned_network_is_kept_for_another_machine_to_tune(tmp_path: Path) -> None:
+    data, budget = load_data("digits"), Budget(parameters_removed=0.5)
+    model = build_model("digits_cnn", num_classes=10, input_shape=data.input_shape)
+    config = PruneConfig(calibration_samples=192, validation_samples=200, min_rows=500)
+    bench = Bench(replace(ENTRY, model="digits_cnn"), model.eval(), data, config, "c")
     first = pruned_network(bench, budget, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "chain-parameters_removed-0.5-seed0",
-        "chain-parameters_removed-0.5-seed0.json",
-    }
-    with pytest.raises(ArtifactError, match="model"):  # a network of the tests has no name to build it by
-        pruned_network(bench, budget, tmp_path)
-    assert pruned_network(bench, budget, None).one_shot["accuracy"] == first.one_shot["accuracy"]
+    again = pruned_network(bench, budget, tmp_path)
+    assert again is not first
+    assert (again.dense, again.one_shot, again.seconds) == (first.dense, first.one_shot, first.seconds)
+    images = data.test.batch(np.arange(8))
+    assert torch.equal(again.model(images), first.model(images))
     bench.facts["checkpoint_sha256"] = "another"
     with pytest.raises(ConfigError, match="expected one made from the checkpoint and images given"):
         pruned_network(bench, budget, tmp_path)
 
 
-def test_rounds_end_at_the_size_that_one_would_reach(request_chain: TinyRequest) -> None:
+def test_each_round_prunes_what_the_one_before_tuned(
+    request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = replace(TINY_RECIPE, rounds=2)
     assert recipe.first_budget().parameters_removed == pytest.approx(1 - 0.5**0.5)
     assert recipe.key() == TINY_RECIPE.key() | {"rounds": 2}
+    pruned: list[nn.Module] = []
+    came_of: list[nn.Module] = []
+
+    def prune_again(bench: Bench, budget: Budget, *, model: nn.Module) -> PruningResult:
+        assert model is came_of[-1]
+        return budgets.prune_to(bench, budget, model=model)
+
+    def tune(student: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+        pruned.append(student)
+        came_of.append(finetune(student, *arguments, **options))
+        return came_of[-1]
+
+    monkeypatch.setattr(tuned, "prune_to", prune_again)
+    monkeypatch.setattr(tuned, "finetune", tune)
     subject = Subject(part="tuned", network="chain", seed=0)
     values = tuned.TunedMeter(request_chain, (recipe,)).measure(subject, recipe.key())
+    first, last = (count_parameters(network) for network in pruned)
+    assert first > last == values["parameters"]
     assert 0.5 <= values["parameters_removed"] < 0.6
-    assert values["parameters"] == pytest.approx((1 - values["parameters_removed"]) * values["dense"]["parameters"])
 
 
 def test_a_longer_training_stores_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +177,7 @@ class FakeMeter:
 def test_trainings_at_once_wait_for_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = {
         name: Part(
-            name=name, networks=(), threads=1, meter=FakeMeter,
+            name=name, networks=("vgg16_cifar_long", "resnet18_cifar"), threads=1, meter=FakeMeter,
             cells=lambda request, name=name: [(Subject(part=name, network=request.network, seed=request.seed), {})],
         )
         for name in ("dense", "tuned")
@@ -168,7 +188,8 @@ def test_trainings_at_once_wait_for_what_they_need(tmp_path: Path, monkeypatch: 
     assert at_once.main([*jobs, *arguments]) == 0
     assert [record["cells"][0]["values"]["seed"] for record in all_records("tuned", tmp_path / "results")] == [1, 2]
     assert at_once.main(["tuned:resnet18_cifar:0", *arguments]) == 1
-    assert at_once.main(["sorted:resnet18_cifar:0", *arguments]) == 2
+    for job in ("sorted:resnet18_cifar:0", "dense:lenet:0", "dense:resnet18_cifar", "dense:resnet18_cifar:first"):
+        assert at_once.main([job, *arguments]) == 2
 
 
 def test_calibration_validation_and_test_images_are_apart(request_chain: TinyRequest) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from entprune.datasets import ArraySplit, ImageData, choose_validation, load_data, split_training
+from entprune.datasets.resident import place_images, resident_images
 from entprune.errors import DataError
 
 SHARED_MNIST = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "mnist"
@@ -99,6 +100,21 @@ def test_constant_channel_is_not_divided_by_zero(tmp_path: Path) -> None:
     arrays = make_arrays()
     arrays["x_train"][..., 1] = 7
     assert load_data(written(tmp_path, **arrays)).train.batch(np.arange(12))[:, 1].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_on_a_device_are_those_of_their_split(kind: type, channels: int) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (6, channels, 4, 5)).astype(kind)
+    mean, std = (0.3, 0.4, 0.5)[:channels], (0.2, 0.3, 0.1)[:channels]
+    split = ArraySplit(images=images, labels=np.arange(6), mean=mean, std=std)
+    placed, chosen = resident_images(split, torch.device("cpu")), np.array([4, 0, 4])
+    for _ in range(2):  # reading changes nothing
+        batch, labels = placed.batch(chosen)
+        assert torch.equal(batch, split.batch(chosen))
+        assert labels.tolist() == [4, 0, 4]
+    assert place_images(split, torch.device("cpu")) is None
 
 
 def test_reading_a_batch_leaves_float_arrays_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from entprune.datasets.splits import ArraySplit
+from entprune.datasets.splits import ArraySplit, normalise
 from entprune.evaluation import ImageSplit
 
 _LARGEST_SHARE = 0.25  # of the device's free memory; the rest is for activations
@@ -25,7 +25,7 @@ class ResidentImages:
     Attributes:
         images: (n, c, h, w), uint8 or float32, as the split keeps them.
         labels: (n,) int64.
-        mean, std: (c, 1, 1), of each channel.
+        mean, std: (c,).
     """
 
     images: Tensor
@@ -36,9 +36,7 @@ class ResidentImages:
     def batch(self, indices: npt.NDArray[np.integer]) -> tuple[Tensor, Tensor]:
         """Images, normalised, float32 (len(indices), c, h, w), and labels (len(indices),) on the device."""
         chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64)).to(self.images.device)
-        images = self.images[chosen]
-        scaled = images.float().div_(255) if images.dtype == torch.uint8 else images
-        return scaled.sub_(self.mean).div_(self.std), self.labels[chosen]
+        return normalise(self.images[chosen], self.mean, self.std), self.labels[chosen]
 
 
 def place_images(split: ImageSplit, device: torch.device) -> ResidentImages | None:
@@ -57,7 +55,9 @@ def place_images(split: ImageSplit, device: torch.device) -> ResidentImages | No
 
 def resident_images(split: ArraySplit, device: torch.device) -> ResidentImages:
     """The images of a split on a device, whatever the device."""
-    images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (split.mean, split.std))
-    placed = (tensor.to(device) for tensor in (images, labels, mean, std))
-    return ResidentImages(**dict(zip(("images", "labels", "mean", "std"), placed, strict=True)))
+    return ResidentImages(
+        images=torch.from_numpy(split.images).to(device),
+        labels=torch.from_numpy(split.labels).to(device),
+        mean=torch.tensor(split.mean, device=device),
+        std=torch.tensor(split.std, device=device),
+    )

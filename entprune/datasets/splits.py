@@ -47,8 +47,7 @@ class ArraySplit:
     def batch(self, indices: npt.NDArray[np.integer[Any]]) -> Tensor:
         """Return the images at ``indices``, normalised, float32 (len(indices), c, h, w)."""
         images = torch.from_numpy(self.images[indices])  # indexing by an array copies: the split stays as it is
-        scaled = images.float().div_(255) if images.dtype == torch.uint8 else images
-        return _normalise(scaled, self.mean, self.std)
+        return normalise(images, self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -85,7 +84,7 @@ class FolderSplit:
         decoded = [_decode_image(self.paths[index], self.image_size) for index in indices]
         pixels = np.stack(decoded) if decoded else np.empty((0, self.image_size, self.image_size, 3), np.uint8)
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (n, h, w, c) -> (n, c, h, w)
-        return _normalise(images.float().div_(255), self.mean, self.std)
+        return normalise(images, self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -118,14 +117,23 @@ class ImageData:
     validation: ImageSplit | None = None
 
 
-def _normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Subtract the mean and divide by the standard deviation of each channel, in place; (n, c, h, w).
+def normalise(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """Scale uint8 to 0..1, subtract the mean and divide by the standard deviation of each channel.
+
+    Args:
+        images: (n, c, h, w), uint8 or float32 on any device; the latter are changed in place.
+        mean, std: (c,).
+
+    Returns:
+        (n, c, h, w) float32.
 
     Images of one channel are contiguous and channels-last at once. They get the strides of the latter, whatever the
     array had before it went to another process: torch chooses its convolutions by them, and these are twice as fast.
     """
     channels = (-1, 1, 1)  # (c,) -> (c, 1, 1)
-    normalised = images.sub_(torch.tensor(mean).view(channels)).div_(torch.tensor(std).view(channels))
+    scaled = images.float().div_(255) if images.dtype == torch.uint8 else images
+    shift, scale = (torch.as_tensor(values, device=images.device).view(channels) for values in (mean, std))
+    normalised = scaled.sub_(shift).div_(scale)
     count, num_channels, height, width = images.shape
     if num_channels != 1:
         return normalised

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -24,13 +23,14 @@ from typing import Any
 import torch
 
 from entprune.errors import ConfigError, EntpruneError
-from infra.benchmark import budgets, dense, tuned
-from infra.benchmark.networks import Folders, find_network
+from entprune.evaluation import resolve_device
+from infra.benchmark import dense, tuned
+from infra.benchmark.networks import Folders
 from infra.benchmark.parts import Part, Request
 from infra.benchmark.records import RESULTS
 from infra.benchmark.running import run_part
 
-_PARTS: dict[str, Part] = {module.PART.name: module.PART for module in (budgets, dense, tuned)}
+_PARTS: dict[str, Part] = {module.PART.name: module.PART for module in (dense, tuned)}
 
 
 class Jobs:
@@ -54,10 +54,10 @@ class Jobs:
             return all(pool.map(self._run_one, self._requests))
 
     def _request(self, text: str) -> tuple[Part, Request]:
-        part, network, seed, budget = (*text.split(":"), "")[:4]
-        if part not in _PARTS or not seed.isdigit():
-            raise ConfigError(f"job: expected {' or '.join(_PARTS)}:NETWORK:SEED, got {text!r}.")
-        find_network(network)
+        part, network, seed, budget = (*text.split(":"), "", "", "")[:4]
+        if part not in _PARTS or network not in _PARTS[part].networks or not seed.isdigit():
+            known = "; ".join(f"{name} of {', '.join(entry.networks)}" for name, entry in _PARTS.items())
+            raise ConfigError(f"job: expected PART:NETWORK:SEED with {known}; got {text!r}.")
         options = self._options
         return _PARTS[part], Request(
             network=network, seed=int(seed), threads=options.threads, budget=budget, device=options.device,
@@ -75,7 +75,6 @@ class Jobs:
                 run_part(part, request, self._options.results)
         except (EntpruneError, subprocess.CalledProcessError, RuntimeError) as error:
             self._say(f"{name}: failed: {error}")
-            traceback.print_exc()
             return False
         finally:
             if part.name == dense.PART.name:
@@ -97,7 +96,7 @@ class Jobs:
         subprocess.run([sys.executable, "-m", "infra.benchmark.pruned", *words], check=True)  # noqa: S603 -- fixed words
 
     def _stream(self) -> Any:
-        device = torch.device(self._options.device)
+        device = resolve_device(self._options.device)
         if device.type != "cuda":
             return nullcontext()
         return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

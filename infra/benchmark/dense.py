@@ -6,7 +6,6 @@ GPU.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -46,7 +45,7 @@ class DenseMeter:
         network = self._build(subject.seed)
         result = train(network, self._data, config)
         path = self._request.folders.checkpoints / self._entry.checkpoint
-        save_state(copy.deepcopy(result.model).half(), path)
+        save_state(result.model.half(), path)
         stored = load_checkpoint(network, path)
         return {
             "accuracy": accuracy(stored, self._data.test, device=config.device),

@@ -96,7 +96,7 @@ NETWORKS: dict[str, TrainedNetwork] = {
 }  # fmt: skip
 
 
-# Trained by the part `dense`, longer than those above: few would leave accuracy on the table before they prune.
+# Trained by the part `dense`, longer than those above, as people train before they prune.
 LONG_TRAINED: dict[str, TrainedNetwork] = {
     f"{network.name}_long": replace(
         network, name=f"{network.name}_long", model=network.name, checkpoint=f"{network.name}_long.pt"
