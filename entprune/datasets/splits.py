@@ -120,15 +120,15 @@ class ImageData:
 def normalise(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """Scale uint8 to 0..1, subtract the mean and divide by the standard deviation of each channel.
 
+    Images of one channel are contiguous and channels-last at once. They get the strides of the latter, whatever the
+    array had before it went to another process: torch chooses its convolutions by them, and these are twice as fast.
+
     Args:
         images: (n, c, h, w), uint8 or float32 on any device; the latter are changed in place.
         mean, std: (c,).
 
     Returns:
         (n, c, h, w) float32.
-
-    Images of one channel are contiguous and channels-last at once. They get the strides of the latter, whatever the
-    array had before it went to another process: torch chooses its convolutions by them, and these are twice as fast.
     """
     channels = (-1, 1, 1)  # (c,) -> (c, 1, 1)
     scaled = images.float().div_(255) if images.dtype == torch.uint8 else images
