@@ -17,6 +17,7 @@ from entprune.selection import DROP_ESTIMATES, DropEstimate
 _CALIBRATION_SAMPLES, _CALIBRATION_MACS = 1536, 300e6  # of the largest network that gets no more than these
 _VALIDATION_SAMPLES, _VALIDATION_MACS = 4000, 800e6
 _MOST = 4.0  # times as many
+_PERTURBED_SHARE = 0.25  # between too easy and too hard, see infra/benchmark
 _MUCH_SCORING = 1e12  # multiply-accumulates of one network on all validation images; less is fast enough in float32
 
 BudgetKind = Literal["max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed"]
@@ -109,6 +110,9 @@ class PruneConfig:
         correct_residuals: let the last layer of a residual branch make up for the error of the stream it is added to.
         drop_estimate: how the drop on new images is estimated: "labels", "posterior" or "blend" (entprune.selection);
             None for "labels" on a validation split that the network has not seen, else "posterior".
+        perturbed_share: of the validation images that are changed a little (entprune.datasets.perturbed), because
+            training images are easier than new ones; None for a quarter of training images that the drop is
+            estimated on by "posterior", else none.
         scoring_precision: in which products the dense network and candidates answer the validation images; None for
             bfloat16 where that is much work and the device does it natively, else float32. Weights are estimated, and
             the certificate and the test images computed, in float32 in any case.
@@ -143,6 +147,7 @@ class PruneConfig:
     output_temperature: float = 2.0
     correct_residuals: bool = True
     drop_estimate: DropEstimate | None = None
+    perturbed_share: float | None = None
     scoring_precision: Precision | None = None
     confidence: float = 0.95
     candidates_per_round: int = 2
@@ -170,6 +175,8 @@ class PruneConfig:
             raise ConfigError("settings must hold at least one path setting, got none.")
         _check_choice("drop_estimate", self.drop_estimate, (None, *DROP_ESTIMATES))
         _check_choice("scoring_precision", self.scoring_precision, (None, *PRECISIONS))
+        if self.perturbed_share is not None and not 0.0 <= self.perturbed_share <= 1.0:
+            raise ConfigError(f"perturbed_share must lie in [0, 1], got {self.perturbed_share}.")
         if not 0.5 <= self.confidence < 1.0:
             raise ConfigError(f"confidence must lie in [0.5, 1), got {self.confidence}.")
         self.refit()
@@ -195,12 +202,15 @@ class PruneConfig:
         def more(usual: float) -> float:
             return min(max(usual / max(macs, 1), 1.0), _MOST)
 
+        estimate: DropEstimate = self.drop_estimate or ("labels" if has_unseen else "posterior")
+        usual_share = 0.0 if has_unseen or estimate != "posterior" else _PERTURBED_SHARE
         validation = self.validation_samples or round(_VALIDATION_SAMPLES * more(_VALIDATION_MACS))
         return replace(
             self,
             calibration_samples=self.calibration_samples or round(_CALIBRATION_SAMPLES * more(_CALIBRATION_MACS)),
             validation_samples=validation,
-            drop_estimate=self.drop_estimate or ("labels" if has_unseen else "posterior"),
+            drop_estimate=estimate,
+            perturbed_share=usual_share if self.perturbed_share is None else self.perturbed_share,
             scoring_precision=self.scoring_precision or self._fast_precision(validation * macs),
         )
 

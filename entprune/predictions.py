@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from entprune.config import PruneConfig
+from entprune.datasets.perturbed import perturb_share
 from entprune.errors import DataError
 from entprune.evaluation import Precision, chunks, placed, predict_logits
 from entprune.runner import Runner
@@ -91,6 +92,14 @@ def is_correct(logits: np.ndarray, images: ImageSet) -> np.ndarray:
     """(n,) bool: whether the largest logit is that of the image's class; never where a logit is not finite."""
     right = logits.argmax(1) == images.split.labels[images.indices]
     return np.asarray(right & np.isfinite(logits).all(1))
+
+
+def with_perturbed(images: ImageSet, config: PruneConfig) -> ImageSet:
+    """The images that candidates are compared on, with the share of them perturbed that the settings ask for."""
+    if not config.perturbed_share:
+        return images
+    split = perturb_share(images.split, images.indices, config.perturbed_share, config.seed)
+    return ImageSet(split=split, indices=np.arange(len(images)))
 
 
 def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -> DenseReference:

@@ -28,7 +28,7 @@ from entprune.evaluation import ImageSplit, Measurement, measurement_of
 from entprune.groups import ChannelGroups
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
-from entprune.predictions import dense_reference, is_correct, predict
+from entprune.predictions import dense_reference, is_correct, predict, with_perturbed
 from entprune.report import collect_warnings, environment
 from entprune.rounds import RoundRecord
 from entprune.runner import InProcessRunner, Progress, Runner, torch_threads
@@ -130,7 +130,9 @@ def prune(
         network = analyse(model, (shape[0], shape[1], shape[2]), config)
     config = config.sized_for(network.dense_macs())
     images = whole_split(unlabelled, config.calibration_samples)
-    validation = None if labelled is None else whole_split(labelled, config.validation_samples)
+    validation = None
+    if labelled is not None:
+        validation = with_perturbed(whole_split(labelled, config.validation_samples), config)
     with watch.stage("calibrate"):
         statistics = calibrate(network, images, config, runner)
     with watch.stage("solve"):

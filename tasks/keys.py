@@ -159,10 +159,11 @@ def hash_group(group: ChannelGroup) -> str:
     return _hash_plain([group.name, group.num_channels, hash_arrays(index)])
 
 
-def hash_images(data: ImageData, split: str, indices: np.ndarray) -> str:
-    """SHA-256 of normalised images of a split, in their order."""
+def hash_images(data: ImageData, split: str, indices: np.ndarray, perturbed: float = 0.0, seed: int = 0) -> str:
+    """SHA-256 of normalised images of a split, in their order, of which a share is perturbed."""
     chosen = hash_arrays({"indices": indices.astype(np.int64)})
-    return _hash_plain([data.sha256, list(data.mean), list(data.std), list(data.input_shape), split, chosen])
+    content = [data.sha256, list(data.mean), list(data.std), list(data.input_shape), split, chosen]
+    return _hash_plain([*content, ["perturbed", perturbed, seed]] if perturbed else content)
 
 
 def _hash_plain(content: Any) -> str:

@@ -19,6 +19,7 @@ from entprune.candidates import answers_only
 from entprune.config import Budget, PruneConfig
 from entprune.datasets import ArraySplit, ImageData, ImageSplit, choose_validation, split_training
 from entprune.errors import EntpruneError
+from entprune.predictions import with_perturbed
 from entprune.stages import ImageSet, Network, analyse
 from tasks.actors import RayRunner
 from tasks.keys import StageKeys, hash_images, hash_network
@@ -76,12 +77,14 @@ class Workload:
             chosen = choose_validation(self.data, number=count, seed=config.seed)
         everything = np.arange(len(self.data.test))
         self.calibration = cut_out(self.data.train, calibration)
-        self.validation = cut_out(split, chosen)
+        self.validation = with_perturbed(cut_out(split, chosen), config)
         self.test = ImageSet(split=self.data.test, indices=everything)
         self.keys = StageKeys(
             network=hash_network(self.network.model),
             calibration=hash_images(self.data, "train", calibration),
-            validation=hash_images(self.data, self.validation_split, chosen),
+            validation=hash_images(
+                self.data, self.validation_split, chosen, config.perturbed_share or 0.0, config.seed
+            ),
             test=hash_images(self.data, "test", everything),
             config=config,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import ArtifactFilter
 import entprune
 from entprune.checkpoints import save_state, sha256_file
 from entprune.datasets import ArraySplit, ImageData, load_data, split_training
+from entprune.datasets.perturbed import PerturbedSplit
 from entprune.errors import CertificateError, CheckpointError, EngineError, EntpruneError, OutputError
 from entprune.evaluation import predict_logits
 from entprune.models import build_model
@@ -140,9 +141,17 @@ def test_fine_tuning_may_learn_from_all_training_images_where_validation_is_apar
     parameters = ground.parameters("workload", data=with_validation)
     work = Workload(load_inputs(parameters), parameters.config(), parameters.budget())
     assert (work.validation_split, len(work.validation), len(work.validation_indices)) == ("validation", 100, 0)
-    usual = Workload(load_inputs(ground.parameters("usual")), parameters.config(), parameters.budget())
+    usual_inputs = load_inputs(ground.parameters("usual"))
+    usual = Workload(usual_inputs, parameters.config(), parameters.budget())
     assert (usual.validation_split, len(usual.validation), len(usual.validation_indices)) == ("train", 300, 300)
     assert usual.config.drop_estimate == "posterior"
+    assert (is_perturbed(work), is_perturbed(usual)) == (False, True)
+    plain = Workload(usual_inputs, replace(usual.config, perturbed_share=0.0), parameters.budget())
+    assert (is_perturbed(plain), plain.keys.validation == usual.keys.validation) == (False, False)
+
+
+def is_perturbed(work: Workload) -> bool:
+    return isinstance(work.validation.split, PerturbedSplit)
 
 
 def plan_of(report: dict[str, Any]) -> str:

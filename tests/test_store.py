@@ -263,6 +263,9 @@ def test_image_hash_sees_normalisation_order_and_split() -> None:
         hash_images(data, "train", indices[::-1]),
         hash_images(replace(data, mean=(0.1,)), "train", indices),
         hash_images(replace(data, sha256="other"), "train", indices),
+        hash_images(data, "train", indices, 0.25, 0),
+        hash_images(data, "train", indices, 0.5, 0),
+        hash_images(data, "train", indices, 0.25, 1),
     ]
     assert len(set(hashes)) == len(hashes)
     assert hash_images(data, "train", indices.astype(np.int32)) == hashes[0]
