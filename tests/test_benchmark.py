@@ -24,7 +24,9 @@ from entprune.evaluation import accuracy, count_parameters
 from entprune.finetune import FinetuneConfig, finetune
 from entprune.models import build_model
 from entprune.plan import PruningPlan
+from entprune.predictions import with_perturbed
 from entprune.pruning import PruningResult
+from entprune.stages import ImageSet
 from entprune.training import TrainConfig
 
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
@@ -37,6 +39,7 @@ from infra.benchmark import (
     contest,
     dense,
     epoch,
+    estimates,
     latency,
     memory,
     recovery,
@@ -293,6 +296,34 @@ def test_methods_are_tuned_alike_and_equal_networks_once(
     assert 100 * np.mean(~unpack_outcomes(values["tuned_wrong"], 200)) == pytest.approx(values["tuned_accuracy"])
 
 
+def test_estimates_are_those_of_the_pruned_network_on_each_kind_of_image(
+    request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, plans = request_chain.bench(), []
+    pruned = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(bench.data.input_shape)), bench.data.num_classes))
+    monkeypatch.setattr(contest.Contest, "build", lambda _, plan, *, refit: plans.append((plan, refit)) or pruned)
+    meter = estimates.EstimateMeter(request_chain, [Budget(parameters_removed=0.5)])
+    values = meter.measure(Subject(part="estimates", network="chain", seed=0), {"budget": "parameters_removed-0.5"})
+    ((plan, refit),) = plans
+    assert refit
+    assert plan == budgets.prune_to(bench, Budget(parameters_removed=0.5)).plan
+    assert values["test"]["labels"] == pytest.approx(bench.accuracy(bench.model) - bench.accuracy(pruned))
+    plain = bench.validation
+    perturbed = with_perturbed(plain, replace(bench.config, perturbed_share=1.0))
+    for name, images in (("plain", plain), ("perturbed", perturbed)):
+        answers = [predict_classes(network, images) for network in (bench.model, pruned)]
+        assert values[name]["disagreement"] == pytest.approx(100.0 * np.mean(answers[0] != answers[1]))
+        right = [np.mean(answer == images.split.labels[images.indices]) for answer in answers]
+        assert values[name]["labels"] == pytest.approx(100.0 * (right[0] - right[1]))
+        assert 0.0 < values[name]["posterior"] < values[name]["disagreement"]
+    assert values["plain"] != values["perturbed"]
+
+
+def predict_classes(network: nn.Module, images: ImageSet) -> np.ndarray:
+    with torch.inference_mode():
+        return network.eval()(images.split.batch(images.indices)).argmax(1).numpy()
+
+
 def test_an_epoch_is_timed_without_its_warm_up(request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(model: nn.Module, split: object, indices: np.ndarray, loss: object, config: object, stamp: object) -> None:
         assert len(indices) == (epoch.WARM_UP + epoch.STEPS) * config.batch_size
@@ -418,7 +449,10 @@ def test_the_other_parts_have_their_figures_on_the_page(measured: Path, tmp_path
     text = page_of(measured, tmp_path / "out")
     (record,) = all_records("epoch", measured)
     assert f"| {record['cells'][0]['values']['prune_seconds']:.1f} |" in text
-    assert text.count("Not measured yet.") == 7  # selection, dense, recovery, scaling, ablation, actors and engine
+    assert (
+        text.count("Not measured yet.")
+        == 8  # selection, estimates, dense, recovery, scaling, ablation and two of engines
+    )  # selection, estimates, dense, recovery, scaling, ablation, actors and engine
     assert (tmp_path / "out" / "plots" / "latency.svg").exists()
     (record,) = all_records("sweep", measured)
     assert f"| {record['cells'][0]['values']['ratio']:.2f} | 13 |" in text
@@ -483,6 +517,7 @@ def test_all_parts_are_reached() -> None:
     assert {part.name for part, _ in choose("all", "all")} == {
         "selection",
         "budgets",
+        "estimates",
         "tuned",
         "recovery",
         "epoch",

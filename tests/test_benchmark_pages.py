@@ -14,7 +14,7 @@ from entprune.errors import ConfigError
 pytest.importorskip("torch_pruning", reason="the benchmark's peers are development dependencies")
 pytest.importorskip("sklearn", reason="the benchmark's peers are development dependencies")
 
-from infra.benchmark import dense, recovery, selection, tuned
+from infra.benchmark import dense, estimates, recovery, selection, tuned
 from infra.benchmark.networks import Folders
 from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
 from infra.benchmark.parts import Request
@@ -131,6 +131,23 @@ def test_a_network_that_was_trained_for_the_benchmark_is_named_by_its_hash(tmp_p
     text = page_of(tmp_path / "results", tmp_path / "out")
     row = "| vgg16_cifar_long | 0 | 93.71 | 60 | 256 | 0.2 | 0.0005 | 1.2 | NVIDIA H100 |"
     assert f"{row} `0123456789abcdef…` |" in text
+
+
+def test_estimates_stand_beside_what_test_images_say(tmp_path: Path) -> None:
+    (subject, key), _ = estimates.cells(recovery_request())
+    values = {
+        name: {
+            "dense_accuracy": 97.28, "disagreement": changed, "labels": labels, "labels_error": 0.15,
+            "posterior": posterior, "posterior_error": 0.06,
+        }
+        for name, changed, labels, posterior in (
+            ("plain", 1.57, 0.95, 0.4), ("perturbed", 3.05, 0.93, 0.68), ("test", 2.8, 0.56, 0.7)
+        )
+    }  # fmt: skip
+    Record(subject.path(tmp_path / "results"), subject).put(key, values, RUN_WITH_VERSIONS)
+    text = page_of(tmp_path / "results", tmp_path / "out")
+    row = "| vgg16_cifar, 89% of the parameters | 0 | 97.28 | 0.40 ± 0.06 | 0.68 ± 0.06 | 0.47 | 0.70 ± 0.06 |"
+    assert f"{row} **0.56** ± 0.15 | 1.57, 3.05, 2.80 |" in text
 
 
 def test_methods_tuned_alike_are_compared_before_and_after(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from infra.benchmark import (
     dense,
     engine,
     epoch,
+    estimates,
     latency,
     recovery,
     scaling,
@@ -36,6 +37,7 @@ PARTS: dict[str, Part] = {
     for module in (
         selection,
         budgets,
+        estimates,
         dense,
         tuned,
         recovery,

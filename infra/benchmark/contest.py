@@ -6,6 +6,7 @@ Selectors, widths and this project's paths are made once and serve every budget.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,12 @@ class Contest:
 
     Args:
         bench: the network with its images.
+        budgets: the sizes to compare at; those of the benchmark's entry by default.
     """
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, budgets: Sequence[Budget] | None = None) -> None:
         self.bench = bench
-        self._budgets = {budget_label(budget): budget for budget in bench.entry.budgets()}
+        self._budgets = {budget_label(budget): budget for budget in budgets or bench.entry.budgets()}
         self._selectors: dict[str, Kept] = {}
         self._widths: dict[tuple[str, str], dict[str, int]] = {}
         self._seconds: dict[str, float] = {}

@@ -197,6 +197,37 @@ def budgets_section(records: Records) -> list[str]:
     return [table(head, rows), "", commits_line(records)]
 
 
+def estimates_section(records: Records) -> list[str]:
+    """One row for each network and size: what each kind of image says about the drop."""
+    head = (
+        "network, removed", "seed", "unpruned, training images", "training images", "perturbed", "a quarter perturbed",
+        "test images by posterior", "**test images**", "answers that change: training, perturbed, test",
+    )  # fmt: skip
+    rows = [
+        [
+            f"{record['network']}, {budget_name(cell['key']['budget'])}",
+            str(record["seed"]),
+            *_estimate_row(cell["values"]),
+        ]
+        for record in records
+        for cell in record["cells"]
+    ]
+    return [table(head, rows), "", commits_line(records)]
+
+
+def _estimate_row(values: Mapping[str, Any]) -> list[str]:
+    plain, perturbed, test = (values[name] for name in ("plain", "perturbed", "test"))
+    mixed = 0.75 * plain["posterior"] + 0.25 * perturbed["posterior"]
+    return [
+        f"{plain['dense_accuracy']:.2f}",
+        *(f"{entry['posterior']:.2f} ± {entry['posterior_error']:.2f}" for entry in (plain, perturbed)),
+        f"{mixed:.2f}",
+        f"{test['posterior']:.2f} ± {test['posterior_error']:.2f}",
+        f"**{test['labels']:.2f}** ± {test['labels_error']:.2f}",
+        ", ".join(f"{entry['disagreement']:.2f}" for entry in (plain, perturbed, test)),
+    ]
+
+
 _STAGES = ("analyse", "calibrate", "solve", "search", "certify")
 
 
