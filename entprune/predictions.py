@@ -18,7 +18,7 @@ from entprune.datasets.perturbed import perturb_share
 from entprune.errors import DataError
 from entprune.evaluation import Precision, chunks, placed, predict_logits
 from entprune.runner import Runner
-from entprune.selection import DenseReference
+from entprune.selection import DenseReference, fit_temperature
 from entprune.stages import ImageSet, Part, run_parts, shards
 
 EVALUATION_BATCH = 64
@@ -112,8 +112,9 @@ def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -
         raise DataError(
             "expected finite network outputs on the validation images, got NaN or infinity; check data and weights."
         )
+    labels = images.split.labels[images.indices]
     return DenseReference(
-        labels=images.split.labels[images.indices],
-        probabilities=torch.from_numpy(logits).softmax(1).numpy(),
+        labels=labels,
+        probabilities=torch.from_numpy(logits / fit_temperature(logits, labels)).softmax(1).numpy(),
         estimate=config.drop_estimate or "posterior",
     )

@@ -7,7 +7,8 @@ Estimates of the drop on *unseen* images, in points per image:
   each disagreement counts in full and the drop is overestimated.
 - "posterior": p(dense choice) - p(candidate's choice) under the dense network's own class probabilities p: the expected
   drop if labels were drawn from p. Disagreements where the dense network hesitates count little, as they do on new
-  images, and the variance is several times smaller. It trusts p to be calibrated. On training images, which are easier
+  images, and the variance is several times smaller. It trusts p to be calibrated, and so p's temperature is fitted to
+  the labels of the validation images (Guo et al., ICML 2017). On training images, which are easier
   than new ones, there are too few disagreements, and the drop is underestimated; on perturbed ones (see
   :mod:`entprune.datasets.perturbed`) there are about as many as on new ones, but the dense network still knows their
   labels, and each costs too much. Of training images a quarter is therefore perturbed.
@@ -29,6 +30,7 @@ from entprune.errors import ConfigError
 DropEstimate = Literal["labels", "posterior", "blend"]
 DROP_ESTIMATES: tuple[DropEstimate, ...] = ("labels", "posterior", "blend")
 _LARGEST_DROP = 100.0  # of one image, in points
+_MOST_TEMPERATURE, _BISECTIONS = 4.0, 24
 NO_CLASS = -1  # of an image whose logits are not finite
 _TWO_SIDED_95 = 1.959964  # standard normal quantile
 
@@ -39,7 +41,7 @@ class DenseReference:
 
     Attributes:
         labels: (n,) true classes.
-        probabilities: (n, k) float32 class probabilities of the dense network.
+        probabilities: (n, k) float32 calibrated class probabilities of the dense network.
         estimate: which estimate of the drop is used.
     """
 
@@ -81,6 +83,27 @@ class DenseReference:
         rows = np.arange(count)
         chosen = np.where(predicted == NO_CLASS, 0.0, probabilities[rows, np.maximum(predicted, 0)])
         return np.asarray(100.0 * (probabilities[rows, dense] - chosen))
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Temperature T in [1/4, 4] under which the softmax of logits / T makes the labels most likely.
+
+    With b = 1 / T the mean negative log-likelihood is convex, and its derivative, the mean over images of the expected
+    logit less the label's, is brought to zero by bisection.
+
+    Args:
+        logits: (n, k), finite.
+        labels: (n,) classes.
+    """
+    centred = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    known = centred[np.arange(len(labels)), labels]
+    low, high = -np.log(_MOST_TEMPERATURE), np.log(_MOST_TEMPERATURE)
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        weights = np.exp(np.exp(middle) * centred)
+        slope = float(((weights * centred).sum(1) / weights.sum(1) - known).mean())
+        low, high = (middle, high) if slope < 0.0 else (low, middle)
+    return float(np.exp(-0.5 * (low + high)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from entprune import Budget, PathSetting, PruneConfig, PruningResult, prune
 from entprune.datasets import ArraySplit, ImageData, load_data, split_training
+from entprune.datasets.perturbed import perturb_share
 from entprune.errors import DataError, ModelError
 from entprune.evaluation import accuracy, count_macs, count_parameters, predict_correct
 from entprune.models import build_model
@@ -164,9 +165,9 @@ def test_report_tells_the_truth(trained: Trained, result: PruningResult) -> None
         assert 0 <= entry["reconstruction_error"] <= 1
     (chosen,) = {c["parameters"] for c in result.report["candidates"] if c["chosen"]}
     assert chosen == one_shot["parameters"]
-    assert result.report["validation"]["dense_accuracy"] == pytest.approx(
-        accuracy(trained.model, trained.validation), abs=1e-3
-    )
+    compared = perturb_share(trained.validation, np.arange(len(trained.validation)), 0.25, seed=0)
+    assert result.report["validation"]["dense_accuracy"] == pytest.approx(accuracy(trained.model, compared), abs=1e-3)
+    assert result.report["settings"]["perturbed_share"] == 0.25
 
 
 def test_plan_is_what_the_network_is(trained: Trained, result: PruningResult) -> None:

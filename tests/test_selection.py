@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entprune.errors import ConfigError
-from entprune.selection import NO_CLASS, DenseReference, DropEstimate, StopRule, paired_interval
+from entprune.selection import NO_CLASS, DenseReference, DropEstimate, StopRule, fit_temperature, paired_interval
 
 
 def make_reference(size: int, seed: int, estimate: DropEstimate = "posterior") -> DenseReference:
@@ -55,6 +55,22 @@ def test_an_image_without_finite_logits_costs_the_whole_dense_probability() -> N
     reference = make_reference(5, 3)
     expected = 100.0 * reference.probabilities.max(1).astype(np.float64)
     np.testing.assert_allclose(reference.drops(np.full(5, NO_CLASS)), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_temperature_is_found_from_labels_drawn_from_the_posterior(temperature: float) -> None:
+    generator = np.random.default_rng(0)
+    probabilities = generator.dirichlet(np.full(5, 0.5), 20_000)
+    labels = (probabilities.cumsum(1) < generator.random(len(probabilities))[:, None]).sum(1)
+    logits = (temperature * np.log(probabilities + 1e-30) + 100.0).astype(np.float32)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.03)
+
+
+@pytest.mark.parametrize(("right", "expected"), [(True, 0.25), (False, 4.0)])
+def test_temperature_stays_within_bounds_where_all_labels_are_right_or_wrong(right: bool, expected: float) -> None:
+    logits = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    labels = logits.argmax(1) if right else logits.argmin(1)
+    assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-5)
 
 
 def test_unknown_estimate_is_refused() -> None:
