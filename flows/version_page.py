@@ -10,6 +10,7 @@ from entprune.report.wording import (
     describe_budget,
     describe_certificate,
     describe_outcome,
+    describe_perturbed,
     format_fraction,
     result_of,
 )
@@ -123,7 +124,7 @@ def _origin_lines(content: Mapping[str, Any]) -> list[str]:
         "data": f"{data_name(data['spec'])}, SHA-256 {data['sha256']}",
         "images": (
             f"{data['calibration_samples']:,} training images for the weights, {data['validation_samples']:,} "
-            f"{'of the validation split' if is_apart else 'further ones'} to choose by, "
+            f"{'of the validation split' if is_apart else 'further ones'} to choose by{describe_perturbed(content)}, "
             f"{data['test_samples']:,} test images for the figures above"
         ),
         "code": lineage.get("code_version"),

@@ -204,7 +204,9 @@ def make_report(**changes: Any) -> dict[str, Any]:
 def test_version_page_says_where_the_images_to_choose_by_are_from() -> None:
     report = make_report()
     report["data"] = {**report["data"], "validation_split": "validation"}
-    assert "300 of the validation split to choose by" in version_page(report, "small")
+    assert "300 of the validation split to choose by, " in version_page(report, "small")
+    perturbed = make_report(settings={"perturbed_share": 0.25})
+    assert "300 further ones to choose by (25% of them perturbed), " in version_page(perturbed, "small")
 
 
 def test_page_tells_the_story_without_the_folders_of_the_machine() -> None:

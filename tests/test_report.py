@@ -217,6 +217,12 @@ def test_figures_lie_in_separate_columns() -> None:
     assert interval == ["… on new images", UNKNOWN, "−0.44 to −0.06", "−0.44 to −0.06"]
 
 
+def test_page_says_whether_images_to_choose_by_are_perturbed() -> None:
+    assert "to choose (25% of them perturbed), " in render_page(make_report(), {})
+    for settings in ({"perturbed_share": 0.0}, {"confidence": 0.8}):  # and of an older report
+        assert "of them perturbed" not in render_page(make_report(settings=settings), {})
+
+
 def test_baselines_get_columns_of_their_own() -> None:
     page = render_page(make_report(baselines=[make_pruned(name="random channels", accuracy=61.5)]), {})
     assert "<th scope='col' class='number'>random channels</th>" in page

@@ -14,6 +14,7 @@ from entprune.report.wording import (
     describe_budget,
     describe_certificate,
     describe_outcome,
+    describe_perturbed,
     format_accuracy,
     format_change,
     format_count,
@@ -100,7 +101,8 @@ def _headline(report: Mapping[str, Any]) -> str:
     facts = (
         f"Data: {data.get('spec') or 'images passed in process'}, {channels} × {height} × {width} pixels, "
         f"{report['model']['num_classes']} classes; {data['calibration_samples']:,} images to calibrate, "
-        f"{data['validation_samples']:,}{_origin(data)} to choose, {data['test_samples']:,} to test."
+        f"{data['validation_samples']:,}{_origin(data)} to choose{describe_perturbed(report)}, "
+        f"{data['test_samples']:,} to test."
     )
     verdicts = (
         _verdict(report.get("budget_met"), f"Asked: {describe_budget(budget)}. {describe_outcome(report)}"),

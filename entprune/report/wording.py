@@ -106,6 +106,12 @@ _BUDGETS = {
 }
 
 
+def describe_perturbed(report: Mapping[str, Any]) -> str:
+    """Which share of the images to choose by is perturbed, to go behind their number; nothing where none is."""
+    share = report.get("settings", {}).get("perturbed_share")
+    return f" ({share:.0%} of them perturbed)" if share else ""
+
+
 def describe_budget(budget: Mapping[str, float]) -> str:
     """What was asked, as the end of a sentence that starts with 'Asked:'."""
     removed = [
