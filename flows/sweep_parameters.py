@@ -29,9 +29,10 @@ _RUN_FIELDS = (
 )  # fmt: skip
 _CONFIG_FIELDS = (
     "loss_exponent", "objective", "relative_ridge", "reestimate_batchnorm", "rectified_steps", "output_temperature",
-    "correct_residuals", "drop_estimate", "scoring_precision", "confidence", "min_rows", "rows_per_feature",
-    "resolution", "max_rounds", "candidates_per_round",
+    "correct_residuals", "drop_estimate", "perturbed_share", "scoring_precision", "confidence", "min_rows",
+    "rows_per_feature", "resolution", "max_rounds", "candidates_per_round",
 )  # fmt: skip
+_LEFT_OPEN: dict[str, Any] = {"drop_estimate": "posterior", "scoring_precision": "float32", "perturbed_share": 0.0}
 SWEEPABLE = (*PATH_FIELDS, *_CONFIG_FIELDS, *BUDGET_FIELDS, *_RUN_FIELDS, "network")
 _MAX_SETTINGS = 1000
 
@@ -298,7 +299,7 @@ def _route(values: Mapping[str, Any]) -> PruneParameters:
     overrides = dict(own.pop("overrides", None) or {})
     for name in _CONFIG_FIELDS:
         if name in values:
-            overrides[name] = _checked(values[name], getattr(_DEFAULTS, name))
+            overrides[name] = _checked(values[name], _LEFT_OPEN.get(name, getattr(_DEFAULTS, name)))
     path = {name: _checked(values[name], getattr(PathSetting(), name)) for name in PATH_FIELDS if name in values}
     if path:
         listed = PruneConfig.from_dict(

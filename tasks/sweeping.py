@@ -67,12 +67,13 @@ def load(
         wishes: settings of the stages and budget, likewise.
         clock: of the run.
     """
-    grounds: dict[tuple[int, int | None, int | None, int], Workload] = {}
+    grounds: dict[tuple[int | float | None, ...], Workload] = {}
     works = []
     with clock.stage("load"):
         for inputs, (wish, budget) in zip(read(), wishes, strict=True):
             config = decided(wish, inputs)
-            name = (id(inputs.network), config.calibration_samples, config.validation_samples, config.seed)
+            chosen = (config.calibration_samples, config.validation_samples, config.perturbed_share, config.seed)
+            name = (id(inputs.network), *chosen)
             if name not in grounds:
                 grounds[name] = Workload(inputs, config, budget)
             works.append(_vary(grounds[name], config, budget))

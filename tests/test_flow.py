@@ -29,8 +29,9 @@ from flows.parameters import PruneParameters
 from flows.preflight import load_inputs
 from flows.prune_model import prune_model
 from flows.workers import worker_config, worker_shape
+from tasks import sweeping
 from tasks.cluster import connect
-from tasks.progress import report_to
+from tasks.progress import StageClock, report_to
 from tasks.registry import load_registered
 from tasks.workload import Workload, cut_out, is_worth_retrying
 
@@ -148,6 +149,18 @@ def test_fine_tuning_may_learn_from_all_training_images_where_validation_is_apar
     assert (is_perturbed(work), is_perturbed(usual)) == (False, True)
     plain = Workload(usual_inputs, replace(usual.config, perturbed_share=0.0), parameters.budget())
     assert (is_perturbed(plain), plain.keys.validation == usual.keys.validation) == (False, False)
+
+
+def test_settings_that_compare_on_other_images_share_none(ground: Ground) -> None:
+    parameters = ground.parameters("images")
+    inputs, usual = load_inputs(parameters), parameters.config()
+    asked = [usual, replace(usual, drop_estimate="labels"), replace(usual, confidence=0.9)]
+    works = sweeping.load.fn(
+        lambda: [inputs] * len(asked), [(config, parameters.budget()) for config in asked], StageClock()
+    )
+    assert [is_perturbed(work) for work in works] == [True, False, True]
+    assert works[0].validation is works[2].validation
+    assert works[0].keys.validation == works[2].keys.validation != works[1].keys.validation
 
 
 def is_perturbed(work: Workload) -> bool:

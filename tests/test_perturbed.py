@@ -101,6 +101,22 @@ def test_an_image_is_the_same_in_any_batch_and_follows_the_seed(channels: int) -
     assert whole.stride() == split.batch(indices).stride()
 
 
+def test_images_that_a_split_lends_stay_as_they_are() -> None:
+    class Lender:
+        images, labels = torch.rand(8, 3, 4, 4), np.zeros(8, np.int64)
+
+        def __len__(self) -> int:
+            return 8
+
+        def batch(self, indices: np.ndarray) -> Tensor:
+            return self.images[int(indices[0]) : int(indices[-1]) + 1]  # a view
+
+    before = Lender.images.clone()
+    seen = perturb_share(Lender(), np.arange(8), 1.0, seed=0).batch(np.arange(8))
+    assert not torch.equal(seen, before)
+    assert torch.equal(Lender.images, before)
+
+
 def test_only_training_images_judged_by_posterior_are_perturbed_unless_asked_for() -> None:
     assert PruneConfig().sized_for(1).perturbed_share == 0.25
     assert PruneConfig().sized_for(1, has_unseen=True).perturbed_share == 0.0

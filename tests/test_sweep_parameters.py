@@ -38,6 +38,15 @@ def test_grid_is_every_combination_once_in_its_order() -> None:
     assert [setting.parameters.config().loss_exponent for setting in sweep.settings()] == [0.5, 0.5, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("drop_estimate", ["labels", "posterior"]), ("scoring_precision", ["bfloat16"]), ("perturbed_share", [0.0, 0.5])],
+)
+def test_what_is_left_open_by_default_can_be_swept_over(name: str, values: list[Any]) -> None:
+    settings = parse_sweep(asked(grid={name: values})).settings()
+    assert [getattr(setting.parameters.config(), name) for setting in settings] == values
+
+
 def test_values_of_continuations_change_all_of_a_settings_continuations() -> None:
     threshold, entropy = (
         parse_sweep(asked(grid={name: [value]})).settings()[0].parameters.config().settings
@@ -111,6 +120,8 @@ def test_choice_follows_the_base_s_budget_unless_it_says_otherwise() -> None:
         ({"grid": {"drop_threshold": [1.5]}}, r"^grid\.drop_threshold\[0\]: path setting drop_threshold is out"),
         ({"grid": {"loss_exponet": [1.0]}}, r"^grid\.loss_exponet\[0\]: no field to sweep over; expected one of "),
         ({"grid": {"entropy_weight": ["much"]}}, r"^grid\.entropy_weight\[0\]: expected a number, got 'much'"),
+        ({"grid": {"drop_estimate": ["guess"]}}, r"^grid\.drop_estimate\[0\]: drop_estimate must be one of"),
+        ({"grid": {"perturbed_share": ["all"]}}, r"^grid\.perturbed_share\[0\]: expected a number, got 'all'"),
         ({"grid": {"iterations": [1.5]}}, r"^grid\.iterations\[0\]: expected a whole number, got 1\.5"),
         ({"grid": {"seed": [-1]}}, r"^grid\.seed\[0\]: seed: input should be greater than or equal to 0, got -1"),
         ({"base": SIZELESS, "grid": {"macs_removed": [2.0]}}, r"^grid\.macs_removed\[0\]: --macs-removed is a"),

@@ -53,6 +53,7 @@ class PerturbedSplit:
         draws = self.draws[indices]
         chosen = torch.from_numpy(np.flatnonzero(draws.any(1)))
         if len(chosen):
+            images = images.clone()  # what the other split gave may be its own
             images[chosen] = perturb(images[chosen], torch.from_numpy(draws[chosen.numpy()]))
         return images
 
