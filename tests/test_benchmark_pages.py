@@ -141,12 +141,13 @@ def test_estimates_stand_beside_what_test_images_say(tmp_path: Path) -> None:
             "posterior": posterior, "posterior_error": 0.06,
         }
         for name, changed, labels, posterior in (
-            ("plain", 1.57, 0.95, 0.4), ("perturbed", 3.05, 0.93, 0.68), ("test", 2.8, 0.56, 0.7)
+            ("plain", 1.57, 0.95, 0.4), ("perturbed", 3.05, 0.93, 0.68), ("compared", 1.9, 0.94, 0.47),
+            ("test", 2.8, 0.56, 0.7),
         )
     }  # fmt: skip
     Record(subject.path(tmp_path / "results"), subject).put(key, values, RUN_WITH_VERSIONS)
     text = page_of(tmp_path / "results", tmp_path / "out")
-    row = "| vgg16_cifar, 89% of the parameters | 0 | 97.28 | 0.40 ± 0.06 | 0.68 ± 0.06 | 0.47 | 0.70 ± 0.06 |"
+    row = "| vgg16_cifar, 89% of the parameters | 0 | 97.28 | 0.40 ± 0.06 | 0.68 ± 0.06 | 0.47 ± 0.06 | 0.70 ± 0.06 |"
     assert f"{row} **0.56** ± 0.15 | 1.57, 3.05, 2.80 |" in text
 
 

@@ -1,5 +1,6 @@
 """Part `estimates`: what training images, plain and perturbed, say about the accuracy drop, and what test images say.
 
+The network's posterior is calibrated on each kind of image by itself, on test images to see what it could say at best.
 Networks are pruned to sizes, not by accuracy, so that nothing was chosen on the images that are compared.
 """
 
@@ -55,6 +56,7 @@ class EstimateMeter:
         self._sets = {
             "plain": plain,
             "perturbed": with_perturbed(plain, replace(config, perturbed_share=1.0)),
+            "compared": with_perturbed(plain, config),
             "test": self._bench.test,
         }
         self._references = {
@@ -91,5 +93,5 @@ class EstimateMeter:
 
 PART = Part(
     name="estimates", networks=tuple(SIZES), threads=2, cells=cells, meter=EstimateMeter,
-    headline=("plain", "perturbed", "test"),
+    headline=("compared", "test"),
 )  # fmt: skip

@@ -216,13 +216,10 @@ def estimates_section(records: Records) -> list[str]:
 
 
 def _estimate_row(values: Mapping[str, Any]) -> list[str]:
-    plain, perturbed, test = (values[name] for name in ("plain", "perturbed", "test"))
-    mixed = 0.75 * plain["posterior"] + 0.25 * perturbed["posterior"]
+    plain, perturbed, compared, test = (values[name] for name in ("plain", "perturbed", "compared", "test"))
     return [
         f"{plain['dense_accuracy']:.2f}",
-        *(f"{entry['posterior']:.2f} ± {entry['posterior_error']:.2f}" for entry in (plain, perturbed)),
-        f"{mixed:.2f}",
-        f"{test['posterior']:.2f} ± {test['posterior_error']:.2f}",
+        *(f"{entry['posterior']:.2f} ± {entry['posterior_error']:.2f}" for entry in (plain, perturbed, compared, test)),
         f"**{test['labels']:.2f}** ± {test['labels_error']:.2f}",
         ", ".join(f"{entry['disagreement']:.2f}" for entry in (plain, perturbed, test)),
     ]
