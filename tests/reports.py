@@ -96,7 +96,7 @@ def make_report(**changes: Any) -> dict[str, Any]:
                 for name, channels, kept in GROUPS
             ],
         },
-        "settings": {"confidence": 0.8, "threads": 1, "perturbed_share": 0.25},
+        "settings": {"confidence": 0.8, "threads": 1},
         "timings_seconds": {"solve": 2.5, "total": 75.0},
         "lineage": {"checkpoint_sha256": "cd" * 32, "mlflow_run_id": None},
         "environment": {"python": "3.11.7"},

@@ -218,7 +218,7 @@ def test_figures_lie_in_separate_columns() -> None:
 
 
 def test_page_says_whether_images_to_choose_by_are_perturbed() -> None:
-    assert "to choose (25% of them perturbed), " in render_page(make_report(), {})
+    assert "to choose (25% of them perturbed), " in render_page(make_report(settings={"perturbed_share": 0.25}), {})
     for settings in ({"perturbed_share": 0.0}, {"confidence": 0.8}):  # and of an older report
         assert "of them perturbed" not in render_page(make_report(settings=settings), {})
 
