@@ -17,7 +17,7 @@ from entprune.selection import DROP_ESTIMATES, DropEstimate
 _CALIBRATION_SAMPLES, _CALIBRATION_MACS = 1536, 300e6  # of the largest network that gets no more than these
 _VALIDATION_SAMPLES, _VALIDATION_MACS = 4000, 800e6
 _MOST = 4.0  # times as many
-_PERTURBED_SHARE = 0.25  # between too easy and too hard, see infra/benchmark
+_PERTURBED_SHARE = 0.25  # between too easy and too hard, see infra/benchmark/estimates.py
 _MUCH_SCORING = 1e12  # multiply-accumulates of one network on all validation images; less is fast enough in float32
 
 BudgetKind = Literal["max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed"]

@@ -25,7 +25,7 @@ _BRIGHTNESS = 0.25  # of normalised values
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PerturbedSplit:
-    """Images of another split, every k-th of them perturbed, the same way whenever it is read.
+    """Images of another split, some of them perturbed, the same way whenever they are read.
 
     Attributes:
         split: where the images come from.
