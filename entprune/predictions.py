@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from entprune.config import PruneConfig
-from entprune.datasets.perturbed import perturb_share
+from entprune.datasets.perturbed import PerturbedSplit, perturb_share
 from entprune.errors import DataError
 from entprune.evaluation import Precision, chunks, placed, predict_logits
 from entprune.runner import Runner
@@ -105,6 +105,9 @@ def with_perturbed(images: ImageSet, config: PruneConfig) -> ImageSet:
 def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -> DenseReference:
     """What candidates are compared with, from the dense network's logits (n, k).
 
+    The temperature of its probabilities is fitted on the perturbed images where there are any: where it knows the
+    labels by heart, a network seems surer than it is of new images.
+
     Raises:
         DataError: a logit is not finite.
     """
@@ -113,8 +116,19 @@ def dense_reference(logits: np.ndarray, images: ImageSet, config: PruneConfig) -
             "expected finite network outputs on the validation images, got NaN or infinity; check data and weights."
         )
     labels = images.split.labels[images.indices]
+    asked = _least_known(images)
+    temperature = fit_temperature(logits[asked], labels[asked])
     return DenseReference(
         labels=labels,
-        probabilities=torch.from_numpy(logits / fit_temperature(logits, labels)).softmax(1).numpy(),
+        probabilities=torch.from_numpy(logits / temperature).softmax(1).numpy(),
         estimate=config.drop_estimate or "posterior",
     )
+
+
+def _least_known(images: ImageSet) -> np.ndarray:
+    """(n,) bool: the perturbed images where there are any, else all."""
+    if isinstance(images.split, PerturbedSplit):
+        perturbed = np.asarray(images.split.is_perturbed[images.indices])
+        if perturbed.any():
+            return perturbed
+    return np.ones(len(images), dtype=bool)

@@ -8,10 +8,11 @@ Estimates of the drop on *unseen* images, in points per image:
 - "posterior": p(dense choice) - p(candidate's choice) under the dense network's own class probabilities p: the expected
   drop if labels were drawn from p. Disagreements where the dense network hesitates count little, as they do on new
   images, and the variance is several times smaller. It trusts p to be calibrated, and so p's temperature is fitted to
-  the labels of the validation images (Guo et al., ICML 2017). On training images, which are easier
-  than new ones, there are too few disagreements, and the drop is underestimated; on perturbed ones (see
+  the labels of validation images (Guo et al., ICML 2017). On training images, which are easier than new ones, there
+  are too few disagreements, and the drop is underestimated; on perturbed ones (see
   :mod:`entprune.datasets.perturbed`) there are about as many as on new ones, but the dense network still knows their
-  labels, and each costs too much. Of training images a quarter is therefore perturbed.
+  labels, and each costs too much. Of training images a quarter is therefore perturbed, and the temperature is fitted
+  on that quarter.
 - "blend": the mean of the two, whose errors on training images have opposite signs. On unseen images all three agree in
   expectation.
 

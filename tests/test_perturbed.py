@@ -14,7 +14,8 @@ from entprune.config import PruneConfig
 from entprune.datasets import ArraySplit
 from entprune.datasets.perturbed import PerturbedSplit, perturb, perturb_share
 from entprune.errors import ConfigError
-from entprune.predictions import with_perturbed
+from entprune.predictions import dense_reference, with_perturbed
+from entprune.selection import fit_temperature
 from entprune.stages import ImageSet
 
 ANGLE, SCALE, ACROSS, DOWN, CONTRAST, BRIGHTNESS = range(6)
@@ -128,6 +129,21 @@ def test_only_training_images_judged_by_posterior_are_perturbed_unless_asked_for
     assert isinstance(with_perturbed(images, PruneConfig(perturbed_share=0.5)).split, PerturbedSplit)
 
 
+def test_temperature_is_fitted_on_perturbed_images_where_there_are_any() -> None:
+    images = ImageSet(split=make_split(), indices=np.arange(40)[::-1])
+    config = PruneConfig(perturbed_share=0.25)
+    compared = with_perturbed(images, config)
+    logits = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
+    chosen = compared.split.is_perturbed  # type: ignore[attr-defined]
+    logits[~chosen, compared.split.labels[~chosen]] += 2.0  # known by heart
+
+    found = dense_reference(logits, compared, config).probabilities
+    expected = logits / fit_temperature(logits[chosen], compared.split.labels[chosen])
+    torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected).softmax(1))
+    plain = dense_reference(logits, images, config).probabilities
+    assert np.median(plain[chosen].max(1)) > np.median(found[chosen].max(1)) + 0.2
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match=r"perturbed_share must lie in \[0, 1\]"):
@@ -151,7 +167,7 @@ def test_pruning_compares_candidates_on_perturbed_images(monkeypatch: pytest.Mon
             network, split, budget=entprune.Budget(max_accuracy_drop=1.0), evaluate=split, config=PruneConfig()
         )
     assert isinstance(seen[0].split, PerturbedSplit)
-    assert (seen[0].split.draws.any(1)).sum() == 10
+    assert seen[0].split.is_perturbed.sum() == 10
 
 
 class _Enough(Exception):  # noqa: N818 -- no error

@@ -47,6 +47,11 @@ class PerturbedSplit:
         """Return the class of each image, (n,)."""
         return self.split.labels[self.indices]
 
+    @property
+    def is_perturbed(self) -> npt.NDArray[np.bool_]:
+        """Return whether each image is perturbed, (n,)."""
+        return np.asarray(self.draws.any(1))
+
     def batch(self, indices: npt.NDArray[np.integer]) -> Tensor:
         """Return the images at ``indices``, normalised, float32 (len(indices), c, h, w)."""
         images = self.split.batch(self.indices[indices])
