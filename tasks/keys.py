@@ -30,7 +30,7 @@ STAGE_VERSIONS = {
     "moments": 2,
     "shards": 1,
     "paths": 5,
-    "candidates": 5,
+    "candidates": 6,
     "latencies": 1,
     "logits": 1,
     "ranges": 1,
