@@ -1,6 +1,7 @@
 """Part `estimates`: what training images, plain and perturbed, say about the accuracy drop, and what test images say.
 
-The network's posterior is calibrated on each kind of image by itself, on test images to see what it could say at best.
+The network's posterior is calibrated on each kind of image by itself (of those that candidates are compared on, on the
+perturbed quarter), on test images to see what it could say at best.
 Networks are pruned to sizes, not by accuracy, so that nothing was chosen on the images that are compared.
 """
 
