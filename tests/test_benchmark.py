@@ -26,6 +26,7 @@ from entprune.models import build_model
 from entprune.plan import PruningPlan
 from entprune.predictions import with_perturbed
 from entprune.pruning import PruningResult
+from entprune.resumption import TrainingState
 from entprune.stages import ImageSet
 from entprune.training import TrainConfig
 
@@ -52,7 +53,7 @@ from infra.benchmark.__main__ import choose, main
 from infra.benchmark.networks import Bench, Folders, TrainedNetwork
 from infra.benchmark.outcomes import unpack_outcomes
 from infra.benchmark.parts import Part, Request
-from infra.benchmark.pruned import pruned_network
+from infra.benchmark.pruned import PrunedNetwork, pruned_network
 from infra.benchmark.records import Record, Subject, all_records
 from infra.benchmark.selectors import METHODS, make_selector, select_plan
 from tests.benchmark_requests import ENTRY, RUN_WITH_VERSIONS, TinyRequest, measure_to, page_of
@@ -139,6 +140,38 @@ def test_each_round_prunes_what_the_one_before_tuned(
     first, last = (count_parameters(network) for network in pruned)
     assert first > last == values["parameters"]
     assert 0.5 <= values["parameters_removed"] < 0.6
+
+
+def test_killed_tuning_goes_on_after_its_last_epoch(
+    request_chain: TinyRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(TINY_RECIPE, tuning=replace(TINY_RECIPE.tuning, epochs=3))
+    subject, bench, networks = Subject(part="tuned", network="chain", seed=0), request_chain.bench(), []
+    start = budgets.prune_to(bench, recipe.budget)
+    kept = PrunedNetwork(model=start.model, dense=start.report["dense"], one_shot=start.report["one_shot"], seconds=1.0)
+    monkeypatch.setattr(tuned, "pruned_network", lambda *_: kept)
+    monkeypatch.setattr(bench, "accuracy", lambda model: networks.append(model) or 50.0)
+    monkeypatch.setattr(TinyRequest, "bench", lambda *_: bench)
+    tuned.TunedMeter(request_chain, (recipe,)).measure(subject, recipe.key())
+    resumable = tuned.TunedMeter(replace(request_chain, pruned=tmp_path), (recipe,))
+    save, epochs = tuned.save_training, []
+
+    def save_and_die(state: TrainingState, place: Path) -> None:
+        save(state, place)
+        epochs.append(state.epoch)
+        if epochs == [1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuned, "save_training", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        resumable.measure(subject, recipe.key())
+    assert list(tmp_path.iterdir())
+    values = resumable.measure(subject, recipe.key())
+    assert epochs == [1, 2, 3]
+    assert values["epoch_seconds"] > 0
+    undisturbed, resumed = (network.state_dict() for network in networks)
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_longer_training_stores_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

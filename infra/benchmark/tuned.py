@@ -3,13 +3,17 @@
 Recipes were fixed per network before the seeds were measured, but for the seeds 0 of VGG-16 and ResNet-18; the number
 of epochs of ResNet-56 is what fitted into the time that a GPU was at hand. Images that
 candidates were compared on are not trained on; the test images are measured at the end alone, before and after.
+Where pruned networks are kept, the state of the tuning is, too, after each epoch: a killed run goes on from there.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,8 +23,10 @@ from entprune.config import Budget
 from entprune.errors import ConfigError
 from entprune.evaluation import accuracy
 from entprune.finetune import FinetuneConfig, finetune
+from entprune.resumption import TrainingState
 from entprune.rounds import round_budget
 from entprune.runner import torch_threads
+from entprune.storage import load_training, save_training
 from infra.benchmark.budgets import prune_to
 from infra.benchmark.contest import budget_label
 from infra.benchmark.parts import Key, Part, Request
@@ -93,12 +99,14 @@ class Turns:
         tuned: the network after the last round.
         size: its parameters and MACs.
         prune_seconds, tuning_seconds: of all rounds.
+        places: where the states of the trainings lie.
     """
 
     tuned: nn.Module
     size: Mapping[Objective, int]
     prune_seconds: float
-    tuning_seconds: float
+    tuning_seconds: float = 0.0
+    places: tuple[Path, ...] = ()
 
 
 class TunedMeter:
@@ -123,7 +131,7 @@ class TunedMeter:
         recipe = next(recipe for recipe in self._recipes if recipe.key() == key)
         pruned = pruned_network(bench, recipe.first_budget(), self._folder)
         turns = self._take_turns(pruned, recipe)
-        return {
+        figures = {
             "dense": pruned.dense,
             "parameters_removed": 1.0 - turns.size["parameters"] / pruned.dense["parameters"],
             "macs_removed": 1.0 - turns.size["macs"] / pruned.dense["macs"],
@@ -136,39 +144,56 @@ class TunedMeter:
             "batch_size": recipe.tuning.batch_size,
             "threads": bench.config.threads,
         }
+        for place in turns.places:
+            place.unlink()
+        return figures
 
     def _take_turns(self, pruned: PrunedNetwork, recipe: Recipe) -> Turns:
         """Tune the pruned network, and in further rounds prune and tune what came of it."""
         size = {name: int(pruned.one_shot[name]) for name in _OBJECTIVES}
-        start = time.perf_counter()
-        tuned = self._tune(pruned.model, recipe)
-        turns = Turns(tuned=tuned, size=size, prune_seconds=pruned.seconds, tuning_seconds=time.perf_counter() - start)
+        turns = self._tune(pruned.model, recipe, Turns(tuned=pruned.model, size=size, prune_seconds=pruned.seconds))
         for number in range(2, recipe.rounds + 1):
             kept = {name: turns.size[name] / pruned.dense[name] for name in _OBJECTIVES}
             start = time.perf_counter()
             again = prune_to(self._bench, round_budget(recipe.budget, number, recipe.rounds, kept), model=turns.tuned)
-            between = time.perf_counter()
-            tuned = self._tune(again.model, recipe)
-            turns = Turns(
-                tuned=tuned,
-                size={name: int(again.report["one_shot"][name]) for name in _OBJECTIVES},
-                prune_seconds=turns.prune_seconds + between - start,
-                tuning_seconds=turns.tuning_seconds + time.perf_counter() - between,
-            )
+            seconds = turns.prune_seconds + time.perf_counter() - start
+            size = {name: int(again.report["one_shot"][name]) for name in _OBJECTIVES}
+            turns = self._tune(again.model, recipe, replace(turns, size=size, prune_seconds=seconds))
         return turns
 
-    def _tune(self, model: nn.Module, recipe: Recipe) -> nn.Module:
+    def _tune(self, model: nn.Module, recipe: Recipe, turns: Turns) -> Turns:
+        """The turns so far and this one, which goes on where a killed run was."""
         bench = self._bench
         tuning = replace(recipe.tuning, seed=bench.config.seed, device=bench.config.device)
+        place = None if self._folder is None else self._folder / f"{bench.entry.name}-{_digest(model, tuning)}.tuning"
+        state = load_training(place) if place is not None and place.exists() else None
+        states = [] if state is None else [state]
+
+        def keep(state: TrainingState) -> None:
+            states[:] = [state]
+            if place is not None:
+                save_training(state, place)
+
         with torch_threads(bench.config.threads):
-            return finetune(
+            tuned = finetune(
                 model, bench.model, bench.data.train, tuning, validation_indices=bench.validation.indices,
-                progress=say_steps,
+                progress=say_steps, state=state, on_epoch=keep,
             )  # fmt: skip
+        seconds = turns.tuning_seconds + sum(float(epoch["seconds"]) for epoch in states[0].content["history"])
+        places = turns.places if place is None else (*turns.places, place)
+        return replace(turns, tuned=tuned, tuning_seconds=seconds, places=places)
 
     def _validation_accuracy(self, model: nn.Module) -> float:
         images = self._bench.validation
         return accuracy(model, images.split, indices=images.indices, device=self._bench.config.device)
+
+
+def _digest(model: nn.Module, tuning: FinetuneConfig) -> str:
+    """What tells trainings apart: where they start from and by which recipe."""
+    digest = hashlib.sha256(json.dumps(asdict(tuning), sort_keys=True).encode())
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def say_steps(done: int, total: int, text: str) -> None:
