@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from infra.benchmark import dense, estimates, recovery, selection, tuned
 from infra.benchmark.networks import Folders
 from infra.benchmark.outcomes import pack_outcomes, paired_error, unpack_outcomes
 from infra.benchmark.parts import Request
+from infra.benchmark.published import Measured, nearest, published_section
 from infra.benchmark.records import Record, Subject
 from infra.benchmark.render import replace_between_markers, short_table
 from infra.benchmark.selectors import METHODS
@@ -88,8 +91,9 @@ def test_every_stored_accuracy_is_on_the_page(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "what was there" not in text
-    rows = [line.replace("**", "").replace(" ≈", "") for line in text.splitlines() if line.startswith("| ")]
-    assert sum("**" in line for line in text.splitlines() if line.startswith("| ")) == len(selection.VARIANTS)
+    lines = [line for line in text.split("## Beside published")[0].splitlines() if line.startswith("| ")]
+    rows = [line.replace("**", "").replace(" ≈", "") for line in lines]
+    assert sum("**" in line for line in lines) == len(selection.VARIANTS)
     for accuracy in stored.values():
         assert sum(f" {accuracy:.2f} " in line for line in rows) == 1
     assert (tmp_path / "out" / "plots" / "selection-lenet-parameters.svg").read_text().count("<svg") == 1
@@ -111,8 +115,8 @@ def test_seeds_of_a_tuned_network_have_their_medians(tmp_path: Path) -> None:
     for seed, (one_shot, after) in enumerate([(89.0, 91.0), (88.0, 92.0), (90.0, 91.4)]):
         subject = Subject(part="tuned", network="vgg16_cifar", seed=seed)
         values = {
-            "dense": {"accuracy": 91.5}, "one_shot_accuracy": one_shot, "tuned_accuracy": after, "parameters": 1234,
-            "macs": 5678, "epoch_seconds": 86.4, "threads": 2,
+            "dense": {"accuracy": 91.5, "parameters": 24680, "macs": 20000}, "one_shot_accuracy": one_shot,
+            "tuned_accuracy": after, "parameters": 1234, "macs": 5678, "epoch_seconds": 86.4, "threads": 2,
         }  # fmt: skip
         Record(subject.path(tmp_path / "results"), subject).put(recipe, values, RUN_WITH_VERSIONS)
     text = page_of(tmp_path / "results", tmp_path / "out")
@@ -121,6 +125,55 @@ def test_seeds_of_a_tuned_network_have_their_medians(tmp_path: Path) -> None:
     )
     assert f"{first} 0 | 86 | 2 threads |" in text
     assert "| vgg16_cifar, 95% of the parameters | **median** |  |  | **2.50** |  | **0.10** |" in text
+
+
+def network_of_ours(place: str, parameters: float, macs: float, **facts: Any) -> Measured:
+    named = {"network": "lenet", "seed": 0, "tuned": False, "left": round(1000 * (1 - parameters))}
+    return Measured(place=place, dense=99.0, accuracy=98.0, parameters=parameters, macs=macs, **named | facts)
+
+
+@pytest.mark.parametrize(
+    ("published", "places"),
+    [
+        ({"parameters_removed": 0.80, "macs_removed": 0.99}, ["small", "small"]),  # MACs count where they stand alone
+        ({"parameters_removed": 0.70}, ["large"]),
+        ({"parameters_removed": 0.704}, ["large"]),  # to half a percent
+        ({"parameters_removed": 0.706}, ["small", "small"]),
+        ({"macs_removed": 0.40}, ["small", "small"]),
+        ({"parameters_left": 300}, ["large"]),
+        ({"parameters_left": 290}, ["small", "small"]),
+        ({"parameters_left": 190}, []),
+        ({"parameters_removed": 0.95}, []),
+    ],
+)
+def test_beside_what_is_published_stands_the_next_smaller_network(published: dict, places: list[str]) -> None:
+    ours = [
+        network_of_ours("large", 0.70, 0.30),
+        network_of_ours("small", 0.82, 0.45),
+        network_of_ours("small", 0.80, 0.45, seed=1),
+        network_of_ours("tuned", 0.99, 0.99, tuned=True),
+        network_of_ours("another", 0.99, 0.99, network="vgg16_cifar"),
+    ]
+    found = nearest({"network": "lenet", "tuned": False, **published}, ours)
+    assert [network.place for network in found] == places
+
+
+def test_medians_over_the_seeds_stand_beside_what_is_published(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((91.0, 90.0, 91.5)):
+        subject = Subject(part="tuned", network="vgg16_cifar", seed=seed, budget="parameters_removed-0.75")
+        values = {
+            "dense": {"accuracy": 92.0, "parameters": 1000, "macs": 100}, "one_shot_accuracy": accuracy - 1.0,
+            "tuned_accuracy": accuracy, "parameters": 200 + seed, "macs": 40,
+        }  # fmt: skip
+        Record(subject.path(tmp_path), subject).put({"epochs": 3}, values, RUN_WITH_VERSIONS)
+    published = tmp_path / "published.json"
+    entry = {"network": "vgg16_cifar", "method": "X", "dense": 94.0, "accuracy": 93.25, "parameters_removed": 0.7}
+    published.write_text(json.dumps([entry | {"tuned": tuned} for tuned in (False, True)]), encoding="utf-8")
+    text = "\n".join(published_section(tmp_path, published))
+    row = "| vgg16_cifar | X | 94.00 → 93.25 | 0.75 | 70.0% | - | 92.00 → {} | 79.9% | 60.0% | 0, 1, 2 |"
+    before, after = text.split("fine-tuned**")
+    assert row.format("90.00 | 2.00") in before
+    assert row.format("91.00 | 1.00") in after
 
 
 def test_a_network_that_was_trained_for_the_benchmark_is_named_by_its_hash(tmp_path: Path) -> None:
@@ -185,12 +238,14 @@ def test_seeds_of_an_accuracy_budget_have_their_median(tmp_path: Path) -> None:
             "accuracy_drop": float(seed),
             "parameters_removed": removed,
             "macs_removed": 0.5,
+            "parameters": round(1000 * (1 - removed)),
+            "macs": 50,
         }
         if seed == 1:  # records of earlier versions have no interval
             small["accuracy_drop_interval"] = {"low": 0.7, "high": 1.31}
         values = {
-            "dense": {"accuracy": 99.0}, "one_shot": small, "budget_met": seed != 2, "timings_seconds": {"solve": 1.25},
-            "candidates": [{}, {}], "threads": 1,
+            "dense": {"accuracy": 99.0, "parameters": 1000, "macs": 100}, "one_shot": small,
+            "budget_met": seed != 2, "timings_seconds": {"solve": 1.25}, "candidates": [{}, {}], "threads": 1,
         }  # fmt: skip
         Record(subject.path(tmp_path / "results"), subject).put({"max_accuracy_drop": 0.5}, values, RUN_WITH_VERSIONS)
     text = page_of(tmp_path / "results", tmp_path / "out")

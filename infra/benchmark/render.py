@@ -17,6 +17,7 @@ from entprune.errors import ConfigError, EntpruneError
 from entprune.storage import atomic_write_text
 from infra.benchmark import engine_tables, plots, tables, tuned_tables
 from infra.benchmark.ablation_tables import ablation_page
+from infra.benchmark.published import published_section
 from infra.benchmark.records import HERE, RESULTS, all_records
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
@@ -92,6 +93,7 @@ def page(results: Path, drawings: Mapping[str, str]) -> str:
         records = list(all_records(part, results))
         lines += [f"\n## {title}\n", *(section(records) if records else [_MISSING])]
         lines += [f"![{title}](plots/{part}.svg)\n"] if f"{part}.svg" in drawings else []
+    lines += ["\n## Beside published figures\n", *published_section(results)]
     return "\n".join(lines)
 
 
