@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
-from entprune.config import PruneConfig
+from entprune.config import Budget, PruneConfig
 from entprune.datasets import ImageData
-from infra.benchmark.networks import Bench, TrainedNetwork
+from entprune.finetune import FinetuneConfig
+from infra.benchmark import tuned
+from infra.benchmark.networks import Bench, Folders, TrainedNetwork
 from infra.benchmark.parts import Request
 from infra.benchmark.records import Record, Subject
 from infra.benchmark.render import ABLATION_MARKERS, BEGIN, END, write_page
@@ -38,6 +40,14 @@ class TinyRequest(Request):
         return Bench(ENTRY, warm_up(Chain()), data, config, "c")
 
 
+def tiny_request() -> TinyRequest:
+    """With one thread and no folders."""
+    return TinyRequest(network="lenet", seed=0, threads=1, folders=Folders(data=Path(), checkpoints=Path()))
+
+
+TINY_RECIPE = tuned.Recipe(
+    budget=Budget(parameters_removed=0.5), tuning=FinetuneConfig(epochs=1, learning_rate=0.1, distillation_weight=0.5)
+)
 RUN_WITH_VERSIONS = {
     "command": "make benchmark PART=x", "code_commit": "0123456789abcdef", "environment": {"threads": 1, "torch": "2"},
 }  # fmt: skip
