@@ -7,8 +7,8 @@
 #                    (infra/benchmark/README.md says what each part is); make benchmark-page makes tables and plots of it
 # make clean   remove caches, builds and the demo's results; .venv stays
 #
-# PYTHON picks the interpreter (3.11 or newer); PYTEST_ARGS goes to pytest, for example PYTEST_ARGS="-m slow". Two processes
-# share the tests file by file, for most tests wait for engines to start; PYTEST_ARGS="-n 0 -s" runs them in one that shows its output.
+# PYTHON picks the interpreter (3.11 or newer); PYTEST_ARGS goes to pytest, for example PYTEST_ARGS="-m slow".
+# With PYTEST_ARGS="-n 2 --dist loadfile" two processes share the tests file by file.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -22,7 +22,6 @@ THREADS ?= 0
 FORCE ?=
 DATA ?= data
 CHECKPOINTS ?= checkpoints
-IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
@@ -59,7 +58,7 @@ demo: $(VENV)/.runtime
 		--max-accuracy-drop 1.0 --register entprune-demo --output $(DEMO)/pruned
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(IN_TWO) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
