@@ -8,7 +8,7 @@
 # make clean   remove caches, builds and the demo's results; .venv stays
 #
 # PYTHON picks the interpreter (3.11 or newer); PYTEST_ARGS goes to pytest, for example PYTEST_ARGS="-m slow".
-# With PYTEST_ARGS="-n 2 --dist loadfile" two processes share the tests file by file.
+# With PYTEST_ARGS="-n 2 --dist loadfile --no-loadscope-reorder" two processes share the tests file by file.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
