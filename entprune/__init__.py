@@ -47,7 +47,7 @@ def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     """Rebuild a saved network in eval mode.
 
     Args:
-        directory: written by :func:`save`, or the `model` folder of a run.
+        directory: written by :func:`save`, or the output folder of a run or its `model` folder.
         model: an unpruned instance of the network, needed where the artifact names no built-in or torchvision model.
 
     Raises:

@@ -127,7 +127,7 @@ def load_model(directory: Path, *, model: nn.Module | None = None) -> nn.Module:
     """Rebuild a saved network without running any code that the folder names.
 
     Args:
-        directory: written by :func:`save_model`.
+        directory: written by :func:`save_model`, or the output folder of a run, which holds such a folder as `model`.
         model: an unpruned instance of the network, needed for other networks than built-in ones and torchvision's;
             it is not changed.
 
@@ -137,7 +137,7 @@ def load_model(directory: Path, *, model: nn.Module | None = None) -> nn.Module:
     Raises:
         ArtifactError: the folder is missing, damaged or of another version, or `model` is another network or is needed.
     """
-    directory = Path(directory)
+    directory = _artifact_folder(directory)
     description = _read_description(directory)
     card = _card(directory, description)
     network = (_build(directory, card) if model is None else copy.deepcopy(model).cpu()).float()
@@ -151,12 +151,18 @@ def load_model(directory: Path, *, model: nn.Module | None = None) -> nn.Module:
 
 
 def read_card(directory: Path) -> ModelCard:
-    """Return how a saved network is built and fed, without loading it.
+    """Return how a saved network is built and fed, without loading it; `directory` as for :func:`load_model`.
 
     Raises:
         ArtifactError: the folder is missing, damaged or of another version.
     """
-    return _card(Path(directory), _read_description(Path(directory)))
+    directory = _artifact_folder(directory)
+    return _card(directory, _read_description(directory))
+
+
+def _artifact_folder(directory: Path) -> Path:
+    inner = Path(directory) / "model"
+    return inner if inner.is_dir() else Path(directory)
 
 
 def _check_saveable(model: nn.Module) -> None:

@@ -23,10 +23,7 @@ def load_network(source: str) -> tuple[nn.Module, dict[str, Any]]:
         from tasks import registry  # noqa: PLC0415 -- takes seconds, and a folder does not need it
 
         return registry.load_registered(source)
-    folder = Path(source)
-    if (folder / "model").is_dir():
-        folder = folder / "model"
-    return load_model(folder), read_card(folder).to_dict()
+    return load_model(Path(source)), read_card(Path(source)).to_dict()
 
 
 def find_input_shape(source: str, card: dict[str, Any]) -> tuple[int, int, int]:

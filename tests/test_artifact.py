@@ -154,6 +154,13 @@ def test_plan_is_kept_beside_the_weights(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]
 
 
+def test_output_folder_of_a_run_stands_for_the_network_in_it(tmp_path: Path) -> None:
+    saved = save_tiny(tmp_path / "model")
+    loaded = load_model(tmp_path, model=nn.Linear(3, 2))
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)
+    assert read_card(tmp_path) == read_card(tmp_path / "model")
+
+
 def test_depthwise_convolution_keeps_its_groups(tmp_path: Path) -> None:
     smaller = Separable(3).eval()
     randomize_statistics(smaller)
