@@ -113,7 +113,9 @@ def measured(request_chain: TinyRequest, tmp_path_factory: pytest.TempPathFactor
         "tuned": (tuned.TunedMeter(request_chain, (TINY_RECIPE,)), TINY_RECIPE.key()),
     }
     for part, (meter, key) in meters.items():
-        values = meter.measure(Subject(part=part, network="chain", seed=0), key)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(latency.MULTIPLES, "rounded", 2)  # the chain is narrower than 8
+            values = meter.measure(Subject(part=part, network="chain", seed=0), key)
         measure_to(folder, part, "chain", [(key, dict(values))])
     return folder
 
@@ -135,7 +137,10 @@ def test_parts_measure_what_they_say(measured: Path) -> None:
     assert values["bfloat16_is_native"] == (set(values["epoch_seconds"]) == {"bfloat16"})
     values = latencies["cells"][0]["values"]
     assert values["macs"]["pruned"] < values["macs"]["dense"]
-    assert values["latency_ms"]["dense"]["64"] > 0
+    assert values["multiples"] == {"pruned": 1, "rounded": 2}
+    assert all(width % 2 == 0 for width in values["widths"]["rounded"])
+    assert set(values["latency_ms"]) == set(values["macs"]) == {"dense", "pruned", "rounded"}
+    assert all(times["64"] > 0 for times in values["latency_ms"].values())
     (sweep,) = all_records("sweep", measured)
     values = sweep["cells"][0]["values"]
     assert values["continuations_per_group"] == 13

@@ -2,8 +2,9 @@
 
 Widths are those that this project allocates, from few calibration images; the time of a forward pass does not depend
 on the values of the weights, so networks are cut without a refit. Each network is timed in both memory formats of
-torch, and has the time of the faster one: which that is differs, and a user may choose. All passes alternate: a slow
-spell of the machine meets all.
+torch, and has the time of the faster one: which that is differs, and a user may choose. Beside the network of any
+widths stands one whose widths are multiples of 8, as many channels as processors work on at once. All passes alternate:
+a slow spell of the machine meets all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import copy
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ BUDGETS = (Budget(parameters_removed=0.8), Budget(macs_removed=0.5))
 CALIBRATION_SAMPLES = 512
 BATCHES = (1, 64)
 PASSES = 15
+MULTIPLES = {"pruned": 1, "rounded": 8}  # of which the widths are, by the network's name in the results
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 Milliseconds = dict[str, dict[str, dict[str, float]]]  # format, network, batch size
@@ -51,22 +54,32 @@ class LatencyMeter:
         return self._bench.facts
 
     def measure(self, subject: Subject, key: Key) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
-        """Multiply-accumulates and milliseconds of both."""
+        """Multiply-accumulates and milliseconds of the dense network and of the pruned ones."""
         budget, bench = self._budgets[key["budget"]], self._bench
-        objective: Objective = "parameters" if budget.kind == "parameters_removed" else "macs"
         network = bench.network
-        problem = allocation_problem(bench.paths, network.cost, bench.config, objective)
-        widths = allocate(problem, 1.0 - budget.value)
-        smaller = slice_network(network.model, network.groups, plan_for_widths(bench.paths, widths)).eval()
-        formats = self._time_in_turns({"dense": network.model, "pruned": smaller})
+        widths = {name: self._widths(budget, multiple) for name, multiple in MULTIPLES.items()}
+        models = {"dense": network.model} | {
+            name: slice_network(network.model, network.groups, plan_for_widths(bench.paths, chosen)).eval()
+            for name, chosen in widths.items()
+        }
+        formats = self._time_in_turns(models)
+        kept = {name: network.cost.macs(chosen) for name, chosen in widths.items()}
         return {
-            "macs": {"dense": network.cost.macs(problem.full()), "pruned": network.cost.macs(widths)},
-            "latency_ms": {name: _fastest(formats, name) for name in ("dense", "pruned")},
+            "macs": {"dense": network.dense_macs(), **kept},
+            "latency_ms": {name: _fastest(formats, name) for name in models},
             "formats_ms": formats,
-            "widths": list(widths.values()),
+            "multiples": dict(MULTIPLES),
+            "widths": {name: list(chosen.values()) for name, chosen in widths.items()},
             "passes": PASSES,
             "threads": bench.config.threads,
         }
+
+    def _widths(self, budget: Budget, multiple: int) -> dict[str, int]:
+        objective: Objective = "parameters" if budget.kind == "parameters_removed" else "macs"
+        bench = self._bench
+        config = replace(bench.config, round_to=multiple)
+        problem = allocation_problem(bench.paths, bench.network.cost, config, objective)
+        return allocate(problem, 1.0 - budget.value)
 
     def _time_in_turns(self, models: Mapping[str, nn.Module]) -> Milliseconds:
         """Medians by format, network and batch size."""

@@ -106,19 +106,21 @@ def draw_latency(records: Records) -> str | None:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color="#57606a", linewidth=0.8, label="equal shares")
         for batch, (colour, _, mark) in zip(("1", "64"), list(_LINES.values())[::2], strict=False):
-            axes.plot(*zip(*_shares(records, batch), strict=True), mark, color=colour, label=f"batch {batch}")
+            for name, fill, widths in (("pruned", colour, ""), ("rounded", "none", ", widths in multiples")):
+                shares = zip(*_shares(records, name, batch), strict=True)
+                axes.plot(*shares, mark, color=colour, markerfacecolor=fill, label=f"batch {batch}{widths}")
         axes.set_xlabel("share of the MACs left")
         axes.set_ylabel("share of the time left")
         axes.legend()
         return _svg(figure)
 
 
-def _shares(records: Records, batch: str) -> list[tuple[float, float]]:
+def _shares(records: Records, name: str, batch: str) -> list[tuple[float, float]]:
     found: list[tuple[float, float]] = []
     for values in (cell["values"] for record in records for cell in record["cells"]):
         macs: Mapping[str, Any] = values["macs"]
         times = values["latency_ms"]
-        found.append((macs["pruned"] / macs["dense"], times["pruned"][batch] / times["dense"][batch]))
+        found.append((macs[name] / macs["dense"], times[name][batch] / times["dense"][batch]))
     return found
 
 

@@ -281,18 +281,21 @@ def epoch_section(records: Records) -> list[str]:
 def latency_section(records: Records) -> list[str]:
     """What removed multiply-accumulates buy in time."""
     times_of = ("batch 1: ms", "time left", "batch 64: ms", "time left")
-    head = ("network", "removed", "MACs left", *times_of, "speed-up / MAC ratio")
+    head = ("network", "removed", "widths", "MACs left", *times_of, "speed-up / MAC ratio")
     rows = []
     for record in records:
         for cell in record["cells"]:
             values = cell["values"]
-            dense, small = values["latency_ms"]["dense"], values["latency_ms"]["pruned"]
-            times = [(f"{dense[b]:.2f} → {small[b]:.2f}", f"{small[b] / dense[b]:.0%}") for b in ("1", "64")]
-            share = values["macs"]["pruned"] / values["macs"]["dense"]
-            rows.append([
-                record["network"], budget_name(cell["key"]["budget"]), f"{share:.0%}", *times[0], *times[1],
-                f"**{dense['64'] / small['64'] * share:.2f}**",
-            ])  # fmt: skip
+            dense = values["latency_ms"]["dense"]
+            for name, multiple in values["multiples"].items():
+                small = values["latency_ms"][name]
+                times = [(f"{dense[b]:.2f} → {small[b]:.2f}", f"{small[b] / dense[b]:.0%}") for b in ("1", "64")]
+                share = values["macs"][name] / values["macs"]["dense"]
+                rows.append([
+                    record["network"], budget_name(cell["key"]["budget"]),
+                    "any" if multiple == 1 else f"multiples of {multiple}", f"{share:.0%}", *times[0], *times[1],
+                    f"**{dense['64'] / small['64'] * share:.2f}**",
+                ])  # fmt: skip
     note = (
         "Each network in the faster of torch's two memory formats; pruned ones are mostly faster with weights in "
         "`channels_last`. The last column is for batch 64.\n"
