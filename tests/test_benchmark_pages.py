@@ -243,15 +243,18 @@ def test_seeds_of_an_accuracy_budget_have_their_median(tmp_path: Path) -> None:
         }
         if seed == 1:  # records of earlier versions have no interval
             small["accuracy_drop_interval"] = {"low": 0.7, "high": 1.31}
+        chosen = {"chosen": True, "validation_drop": 0.1 * seed, "drop_upper_bound": 0.1 * seed + 0.15}
         values = {
-            "dense": {"accuracy": 99.0, "parameters": 1000, "macs": 100}, "one_shot": small,
-            "budget_met": seed != 2, "timings_seconds": {"solve": 1.25}, "candidates": [{}, {}], "threads": 1,
+            "dense": {"accuracy": 99.0, "parameters": 1000, "macs": 100}, "one_shot": small, "threads": 1,
+            "budget_met": seed != 2, "timings_seconds": {"solve": 1.25}, "candidates": [{"chosen": False}, chosen],
         }  # fmt: skip
         Record(subject.path(tmp_path / "results"), subject).put({"max_accuracy_drop": 0.5}, values, RUN_WITH_VERSIONS)
     text = page_of(tmp_path / "results", tmp_path / "out")
-    assert "| lenet | 0.5 | 1 | 99.00 → 98.00 | 1.00 (0.70 to 1.31) | 70.0% | 50.0% | 2 |" in text
-    assert "| 2.00 (budget not met) | 83.0% |" in text
-    assert "| lenet | 0.5 | **median** |  | **1.00** | **83.0%** | **50.0%** |" in text
+    assert "| lenet | 0.5 | 1 | 99.00 → 98.00 | 1.00 (0.70 to 1.31) | 0.10 (0.25) | 70.0% | 50.0% | 2 |" in text
+    assert "| 2.00 (budget not met) | 0.20 (0.35) | 83.0% |" in text
+    assert "| lenet | 0.5 | **median** |  | **1.00** |  | **83.0%** | **50.0%** |" in text
+    estimated = "All 3 runs by 0.5 points: a drop of 0.10 was estimated in the mean, and on the test images it is 1.00"
+    assert f"{estimated} (0.00 to 2.00); 1 of 3 are within the budget there." in text
 
 
 def test_curves_over_images_are_fitted_and_drawn(tmp_path: Path) -> None:

@@ -181,8 +181,9 @@ def commits_line(records: Records) -> str:
 
 def budgets_section(records: Records) -> list[str]:
     """Whole runs by accuracy budget, and their medians over the seeds."""
-    head = ("network", "budget, points", "seed", "accuracy", "drop", "parameters removed", "MACs removed",
-            "candidates", "seconds: " + ", ".join(_STAGES), "threads")  # fmt: skip
+    head = ("network", "budget, points", "seed", "accuracy", "drop", "drop estimated (upper bound)",
+            "parameters removed", "MACs removed", "candidates",
+            "seconds: " + ", ".join(_STAGES), "threads")  # fmt: skip
     runs: dict[tuple[str, float], list[tuple[int, Mapping[str, Any]]]] = {}
     for record in records:
         for cell in record["cells"]:
@@ -194,7 +195,29 @@ def budgets_section(records: Records) -> list[str]:
         rows += [[network, f"{points:g}", *_budget_row(seed, values)] for seed, values in found]
         if len(found) > 1:
             rows.append([network, f"{points:g}", *_median_row([values["one_shot"] for _, values in found])])
-    return [table(head, rows), "", commits_line(records)]
+    budgets = sorted({points for _, points in runs}, reverse=True)
+    kept = [
+        _budget_kept(points, [run[1] for place in runs if place[1] == points for run in runs[place]])
+        for points in budgets
+    ]
+    return [table(head, rows), "", *kept, "", commits_line(records)]
+
+
+def _budget_kept(points: float, found: Values) -> str:
+    """What was estimated beside what came, over all runs by one budget."""
+    drops = [values["one_shot"]["accuracy_drop"] for values in found]
+    estimates = [_chosen(values)["validation_drop"] for values in found]
+    within = sum(drop <= points for drop in drops)
+    estimated, lost = statistics.mean(estimates), statistics.mean(drops)
+    return (
+        f"- All {len(found)} runs by {points:g} points: a drop of {estimated:.2f} was estimated in the mean, and on "
+        f"the test images it is {lost:.2f} ({min(drops):.2f} to {max(drops):.2f}); {within} of {len(found)} are within "
+        "the budget there."
+    )
+
+
+def _chosen(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(candidate for candidate in values["candidates"] if candidate["chosen"])
 
 
 def estimates_section(records: Records) -> list[str]:
@@ -230,10 +253,11 @@ _STAGES = ("analyse", "calibrate", "solve", "search", "certify")
 
 def _budget_row(seed: int, values: Mapping[str, Any]) -> list[str]:
     dense, small, seconds = values["dense"], values["one_shot"], values["timings_seconds"]
-    verdict = "" if values["budget_met"] else " (budget not met)"
+    verdict, chosen = "" if values["budget_met"] else " (budget not met)", _chosen(values)
     return [
         str(seed), f"{dense['accuracy']:.2f} → {small['accuracy']:.2f}",
         f"{small['accuracy_drop']:.2f}" + _within(small.get("accuracy_drop_interval")) + verdict,
+        f"{chosen['validation_drop']:.2f} ({chosen['drop_upper_bound']:.2f})",
         f"{small['parameters_removed']:.1%}", f"{small['macs_removed']:.1%}", str(len(values["candidates"])),
         ", ".join(f"{seconds.get(stage, 0.0):.1f}" for stage in _STAGES), str(values["threads"]),
     ]  # fmt: skip
@@ -249,7 +273,7 @@ def _median_row(found: Sequence[Mapping[str, Any]]) -> list[str]:
         statistics.median(entry[name] for entry in found)
         for name in ("accuracy_drop", "parameters_removed", "macs_removed")
     )
-    return ["**median**", "", f"**{drop:.2f}**", f"**{parameters:.1%}**", f"**{macs:.1%}**", "", "", ""]
+    return ["**median**", "", f"**{drop:.2f}**", "", f"**{parameters:.1%}**", f"**{macs:.1%}**", "", "", ""]
 
 
 def epoch_section(records: Records) -> list[str]:
