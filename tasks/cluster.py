@@ -16,6 +16,9 @@ import ray
 from entprune.errors import ConfigError, EngineError
 from tasks.termination import handler_kept
 
+_logger = logging.getLogger(__name__)
+
+_STARTS = 3  # of Ray on this machine, before it is given up
 _OBJECT_STORE_FRACTION = 0.3  # of the memory that is free when the cluster starts
 _SMALLEST_OBJECT_STORE = 256 * 2**20
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- Ray's object store lies there
@@ -116,7 +119,12 @@ def connect(
 
 
 def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
-    for is_last in (False, True):  # on a busy machine Ray gives up after 30 s; the second start finds its files cached
+    """Start a cluster, again if need be.
+
+    On a busy machine, or where Ray's files are not cached yet, Ray's agents take longer than the 15 s that its node
+    allows them; the node ends, and Ray gives up. Each start finds more of those files cached.
+    """
+    for attempt in range(1, _STARTS + 1):
         try:
             with handler_kept():
                 ray.init(
@@ -130,10 +138,11 @@ def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
                 )
         except Exception as cause:  # Ray raises many kinds: a full disk, a forbidden socket, a timeout
             ray.shutdown()
-            if is_last:
+            if attempt == _STARTS:
                 raise EngineError(
                     f"cannot start Ray on this machine: {_first_line(cause)}; free memory and disk space."
                 ) from cause
+            _logger.warning("Ray did not start (%s); trying again, %d of %d", _first_line(cause), attempt + 1, _STARTS)
         else:
             return
 
