@@ -39,7 +39,7 @@ with connect(None, workers=1) as cluster:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("order", ["handler first", "cluster first"])  # as in a flow run of a worker, and in a command
 def test_a_driver_that_waits_for_a_long_unit_hears_it(order: str) -> None:
     with subprocess.Popen([sys.executable, "-c", DRIVER, order], stdout=subprocess.PIPE, text=True) as driver:
@@ -49,6 +49,6 @@ def test_a_driver_that_waits_for_a_long_unit_hears_it(order: str) -> None:
             with pytest.raises(subprocess.TimeoutExpired):
                 driver.wait(2)  # it waits in Ray by now
             driver.terminate()
-            assert driver.communicate(timeout=30)[0] == "heard\n"
+            assert driver.communicate(timeout=60)[0] == "heard\n"
         finally:
             driver.kill()
