@@ -161,8 +161,10 @@ def read_card(directory: Path) -> ModelCard:
 
 
 def _artifact_folder(directory: Path) -> Path:
-    inner = Path(directory) / "model"
-    return inner if inner.is_dir() else Path(directory)
+    """Where the network lies: a folder that is no artifact itself may be the output of a run, which holds one."""
+    directory = Path(directory)
+    inner = directory / "model"
+    return inner if inner.is_dir() and not (directory / _DESCRIPTION_NAME).exists() else directory
 
 
 def _check_saveable(model: nn.Module) -> None:

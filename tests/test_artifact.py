@@ -161,6 +161,13 @@ def test_output_folder_of_a_run_stands_for_the_network_in_it(tmp_path: Path) -> 
     assert read_card(tmp_path) == read_card(tmp_path / "model")
 
 
+def test_network_in_a_folder_below_is_not_taken_for_the_one_asked_for(tmp_path: Path) -> None:
+    saved = save_tiny(tmp_path)
+    save_model(nn.Linear(3, 2), None, TINY_CARD, tmp_path / "model")
+    loaded = load_model(tmp_path, model=nn.Linear(3, 2))
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)
+
+
 def test_depthwise_convolution_keeps_its_groups(tmp_path: Path) -> None:
     smaller = Separable(3).eval()
     randomize_statistics(smaller)

@@ -106,8 +106,9 @@ def draw_latency(records: Records) -> str | None:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color="#57606a", linewidth=0.8, label="equal shares")
         for batch, (colour, _, mark) in zip(("1", "64"), list(_LINES.values())[::2], strict=False):
-            for name, fill, widths in (("pruned", colour, ""), ("rounded", "none", ", widths in multiples")):
+            for name, multiple in records[0]["cells"][0]["values"]["multiples"].items():
                 shares = zip(*_shares(records, name, batch), strict=True)
+                fill, widths = (colour, "") if multiple == 1 else ("none", f", widths in multiples of {multiple}")
                 axes.plot(*shares, mark, color=colour, markerfacecolor=fill, label=f"batch {batch}{widths}")
         axes.set_xlabel("share of the MACs left")
         axes.set_ylabel("share of the time left")
