@@ -88,6 +88,11 @@ class _LabelRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
             self._owners.setdefault(id(tensor), []).append(name)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch wraps the dispatch for its compiler, whose import takes seconds: nothing compiles in here."""
+        return False
+
     # --- running ------------------------------------------------------------------------------------------------------
 
     def execute(self, inputs: tuple[Tensor, ...], *, required: bool = True) -> None:

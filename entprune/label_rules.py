@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -124,7 +125,7 @@ def pointwise(call: Call) -> None:
     """Unite what comes together; a broadcast operand is tied to all positions, and must stay."""
     space, outs = call.run.space, [value for value in tree_leaves(call.out) if isinstance(value, Tensor)]
     operands = call.tensors()
-    shape = torch.broadcast_shapes(*(value.shape for value, _ in operands))  # type: ignore[no-untyped-call]
+    shape = np.broadcast_shapes(*(tuple(value.shape) for value, _ in operands))  # torch's own imports a second's worth
     wide = [_lift(labels, len(shape)) for _, labels in operands if labels is not None]
     varying = {axis for labels in wide for axis in varying_axes(labels)}
     joined: Tensor | None = None

@@ -66,6 +66,18 @@ def test_digits_are_normalised() -> None:
     assert abs(float(images.std()) - 1) < 1e-3
 
 
+def test_digits_are_those_that_scikit_learn_itself_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = load_data("digits")
+    monkeypatch.setattr("entprune.datasets.arrays._DIGITS_FILE", Path("moved_elsewhere.csv.gz"))
+    assert load_data("digits").sha256 == read.sha256
+
+
+def test_digits_without_scikit_learn_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(DataError, match="expected scikit-learn to be installed"):
+        load_data("digits")
+
+
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 def test_npz_layouts_give_the_same_images(tmp_path: Path, layout: str) -> None:
     arrays = make_arrays()

@@ -22,7 +22,11 @@ def run_lint_imports(directory: Path) -> subprocess.CompletedProcess[str]:
 
 
 def loaded_by_library_import(packages: tuple[str, ...]) -> str:
-    program = f"import sys, entprune; print(sorted(set({packages!r}) & set(sys.modules)))"
+    return loaded_by("import entprune", packages)
+
+
+def loaded_by(statements: str, packages: tuple[str, ...]) -> str:
+    program = f"{statements}; import sys; print(sorted(set({packages!r}) & set(sys.modules)))"
     completed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr
     return completed.stdout.strip()
@@ -42,6 +46,16 @@ def test_library_import_loads_no_engine() -> None:
 
 def test_library_import_loads_no_lazy_dependency() -> None:
     assert loaded_by_library_import(("matplotlib", "sklearn", "onnx", "onnxscript", "onnxruntime")) == "[]"
+
+
+def test_analysis_loads_no_compiler_and_no_learning_library() -> None:
+    statements = (
+        "from entprune.config import PruneConfig; from entprune.datasets import load_data; "
+        "from entprune.models import build_model; from entprune.stages import analyse; data = load_data('digits'); "
+        "model = build_model('digits_cnn', num_classes=10, input_shape=data.input_shape); "
+        "analyse(model, data.input_shape, PruneConfig())"
+    )
+    assert loaded_by(statements, ("torch._dynamo", "sympy", "sklearn", "scipy")) == "[]"
 
 
 def test_contracts_hold() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +28,40 @@ DOWNLOADED = {
 }
 _NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _NPZ_VALIDATION = ("x_val", "y_val")
+_DIGITS_FILE = Path("datasets", "data", "digits.csv.gz")  # within scikit-learn
 _DIGITS_MEAN, _DIGITS_STD = (0.3053,), (0.3761,)  # of all digits after scaling 0..16 to 0..1
 
 
 def load_digits(mean: Sequence[float] | None, std: Sequence[float] | None) -> ImageData:
     """Load the 1797 8x8 digits that come with scikit-learn, a fixed stratified quarter of them for testing."""
-    try:
-        from sklearn import datasets  # late: a large package that only the digits need
-    except ImportError as cause:
-        raise DataError(
-            "data 'digits': expected scikit-learn to be installed; run pip install scikit-learn."
-        ) from cause
-    digits = datasets.load_digits()
-    images = (digits.images / 16).astype(np.float32)
-    order = balanced_order(digits.target, np.random.default_rng(0))
+    pixels, labels = _read_digits()
+    images = (pixels / 16).astype(np.float32)
+    order = balanced_order(labels, np.random.default_rng(0))
     num_test = len(order) // 4
     test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
     return _make_array_data(
         "digits",
-        {"train": (images[train], digits.target[train]), "test": (images[test], digits.target[test])},
+        {"train": (images[train], labels[train]), "test": (images[test], labels[test])},
         mean=_DIGITS_MEAN if mean is None else mean,
         std=_DIGITS_STD if std is None else std,
         class_names=[str(digit) for digit in range(10)],
     )
+
+
+def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (n, 8, 8) from 0 to 16 and labels (n,), from scikit-learn's file: importing the package takes seconds."""
+    package = find_spec("sklearn")
+    if package is None:
+        raise DataError("data 'digits': expected scikit-learn to be installed; run pip install scikit-learn.")
+    for folder in package.submodule_search_locations or ():
+        file = Path(folder) / _DIGITS_FILE
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")
+            return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits as load
+
+    digits = load()
+    return digits.images, digits.target
 
 
 def load_downloaded(
