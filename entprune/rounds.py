@@ -33,8 +33,8 @@ class RoundRecord:
         number: from 1.
         plan: kept channels of the dense network.
         parameters, macs: of the tuned network.
-        accuracy: percent on the validation images, None without an estimate.
-        accuracy_drop: estimated drop on unseen images in points, upper_bound its confidence bound.
+        accuracy: percent on the validation images; None where the network was tuned on these.
+        accuracy_drop: estimated drop on unseen images in points, upper_bound its confidence bound; None alike.
         latency_kept: fraction of the dense network's latency, None where it was not asked for.
         networks_tried: by the search of this round.
         missed: budgets of the whole run that this network does not meet.
@@ -44,9 +44,9 @@ class RoundRecord:
     plan: PruningPlan
     parameters: int
     macs: int
-    accuracy: float
-    accuracy_drop: float
-    upper_bound: float
+    accuracy: float | None
+    accuracy_drop: float | None
+    upper_bound: float | None
     latency_kept: float | None
     networks_tried: int
     missed: tuple[BudgetKind, ...]
@@ -64,7 +64,7 @@ class RoundRecord:
             "macs": self.macs,
             "validation_accuracy": self.accuracy,
             "validation_drop": self.accuracy_drop,
-            "drop_upper_bound": self.upper_bound if np.isfinite(self.upper_bound) else None,
+            "drop_upper_bound": None if self.upper_bound in (None, np.inf) else self.upper_bound,
             "latency_kept": self.latency_kept,
             "networks_tried": self.networks_tried,
             "budgets_missed": list(self.missed),
@@ -124,10 +124,9 @@ def is_exhausted(network: Network, plan: PruningPlan, config: PruneConfig) -> bo
 def judge_round(
     number: int,
     plan: PruningPlan,
-    logits: np.ndarray,
     *,
+    compared: tuple[np.ndarray, DenseReference] | None,
     network: Network,
-    reference: DenseReference,
     budget: Budget,
     config: PruneConfig,
     latency_kept: float | None,
@@ -138,19 +137,18 @@ def judge_round(
     Args:
         number: of the round.
         plan: kept channels of the dense network.
-        logits: (n, k) of the tuned network on the validation images.
+        compared: logits (n, k) of the tuned network on the validation images, and the dense network's answers there;
+            None if it was tuned on these images, on which nothing depends without an accuracy budget.
         network: dense.
-        reference: the dense network's answers on these images.
         budget: of the whole run.
         config: its confidence is used, as in the search.
         latency_kept: measured fraction of the dense network's latency, None where it was not asked for.
         networks_tried: by the search of this round.
     """
-    predicted = np.where(np.isfinite(logits).all(1), logits.argmax(1), NO_CLASS)
-    drop, _, upper = StopRule(max_drop=None, quantile=config.quantile).bounds(reference.drops(predicted))
+    accuracy, drop, upper = (None, None, None) if compared is None else _compare(*compared, config)
     widths, full = plan.widths(), {group.name: group.num_channels for group in network.groups.groups}
     missed: list[BudgetKind] = []
-    if budget.max_accuracy_drop is not None and upper > budget.max_accuracy_drop:
+    if budget.max_accuracy_drop is not None and (upper is None or upper > budget.max_accuracy_drop):
         missed.append("max_accuracy_drop")
     for objective, limit in budget.size_limits().items():
         if network.cost.evaluate(widths, objective) > (limit + 1e-9) * network.cost.evaluate(full, objective):
@@ -162,13 +160,20 @@ def judge_round(
         plan=plan,
         parameters=network.cost.parameters(widths),
         macs=network.cost.macs(widths),
-        accuracy=100.0 * float((predicted == reference.labels).mean()),
+        accuracy=accuracy,
         accuracy_drop=drop,
         upper_bound=upper,
         latency_kept=latency_kept,
         networks_tried=networks_tried,
         missed=tuple(missed),
     )
+
+
+def _compare(logits: np.ndarray, reference: DenseReference, config: PruneConfig) -> tuple[float, float, float]:
+    """Accuracy in percent, estimated drop in points and its upper bound."""
+    predicted = np.where(np.isfinite(logits).all(1), logits.argmax(1), NO_CLASS)
+    drop, _, upper = StopRule(max_drop=None, quantile=config.quantile).bounds(reference.drops(predicted))
+    return 100.0 * float((predicted == reference.labels).mean()), drop, upper
 
 
 def choose_round(records: Sequence[RoundRecord], objective: Objective) -> int:

@@ -86,9 +86,11 @@ def prune_in_rounds(work: Workload, engine: Engine, finetuning: FinetuneConfig, 
         pruned.append(prune_once(work.start_round(start, budget), engine, origin=work))
         plan = pruned[-1].found.chosen.plan
         plan = compose_plans(records[-1].plan, plan) if records else plan
-        tuned.append(finetune(work, engine, pruned[-1].model, finetuning))
+        tuned.append(finetune(work, engine, pruned[-1].model, finetuning, num_rounds=num_rounds))
         tried = len(pruned[-1].found.candidates)
-        records.append(stages.validate(work, engine, tuned[-1], plan, number=number, networks_tried=tried))
+        records.append(
+            stages.validate(work, engine, tuned[-1], plan, number=number, num_rounds=num_rounds, networks_tried=tried)
+        )
     position = choose_round(records, work.config.objective)
     chosen = records[position]
     return Rounds(first=pruned[0], plan=chosen.plan, tuned=tuned[position], records=tuple(records), chosen=chosen)

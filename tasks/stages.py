@@ -321,18 +321,29 @@ def certify(work: Workload, engine: Engine, smaller: nn.Module, plan: PruningPla
 
 @stage_task("validate")
 def validate(
-    work: Workload, engine: Engine, tuned: nn.Module, plan: PruningPlan, *, number: int, networks_tried: int
+    work: Workload,
+    engine: Engine,
+    tuned: nn.Module,
+    plan: PruningPlan,
+    *,
+    number: int,
+    num_rounds: int,
+    networks_tried: int,
 ) -> RoundRecord:
     """Measure what a round came to against the original dense network, whose workload this is."""
     with engine.clock.stage("validate"):
-        logits = validation_logits(work, engine, tuned, step=f"validate round {number}")
+        compared = None
+        if not work.tunes_on_validation(num_rounds):
+            logits = validation_logits(work, engine, tuned, step=f"validate round {number}")
+            compared = logits, reference_of(work, engine)
         asks_latency = work.budget.latency_removed is not None
         record = judge_round(
-            number, plan, logits,
-            network=work.network, reference=reference_of(work, engine), budget=work.budget, config=work.config,
+            number, plan,
+            compared=compared, network=work.network, budget=work.budget, config=work.config,
             latency_kept=kept_latency(work, engine, plan) if asks_latency else None, networks_tried=networks_tried,
         )  # fmt: skip
-        engine.clock.summarise(f"round {number}: {record.parameters:,} parameters, drop {record.accuracy_drop:.2f}")
+        drop = "" if record.accuracy_drop is None else f", drop {record.accuracy_drop:.2f}"
+        engine.clock.summarise(f"round {number}: {record.parameters:,} parameters{drop}")
         return record
 
 

@@ -19,19 +19,24 @@ from tasks.workload import Engine, Workload, stage_task
 
 
 @stage_task("finetune")
-def finetune(work: Workload, engine: Engine, smaller: nn.Module, config: FinetuneConfig) -> nn.Module:
+def finetune(
+    work: Workload, engine: Engine, smaller: nn.Module, config: FinetuneConfig, *, num_rounds: int = 1
+) -> nn.Module:
     """Train the smaller network on with the dense one as its teacher, on one worker with all cores to itself.
 
-    After each epoch the state of the training is stored, so that a killed run repeats at most the epoch in flight.
+    It learns from all training images, unless what comes of the rounds is judged on some of them. After each epoch the
+    state of the training is stored, so that a killed run repeats at most the epoch in flight.
     """
+    learns_from_all = work.tunes_on_validation(num_rounds)
+    held_out = work.validation_indices[:0] if learns_from_all else work.validation_indices
     job = FinetuneJob(
         student=smaller,
         teacher=work.network.model,
         split=work.data.train,
-        validation_indices=work.validation_indices,
+        held_out=held_out,
         threads=engine.finetune_threads,
     )
-    key = work.keys.finetuned(smaller, config, work.keys.validation)
+    key = work.keys.finetuned(smaller, config, work.data.sha256 if learns_from_all else work.keys.validation)
     with engine.clock.stage("finetune"):
         state = engine.store.remember(
             "finetuned",

@@ -20,14 +20,14 @@ class FinetuneJob:
     Attributes:
         student, teacher: the pruned and the dense network.
         split: training images.
-        validation_indices: those that must not be trained on.
+        held_out: those of them that must not be trained on.
         threads: of torch; the other workers have nothing to do meanwhile.
     """
 
     student: nn.Module
     teacher: nn.Module
     split: ImageSplit
-    validation_indices: np.ndarray
+    held_out: np.ndarray
     threads: int
 
 
@@ -54,7 +54,7 @@ def finetune_epoch(job: FinetuneJob, item: EpochItem) -> TrainingState:
     states: list[TrainingState] = []
     with torch_threads(job.threads):
         finetune(
-            job.student, job.teacher, job.split, item.config, validation_indices=job.validation_indices,
+            job.student, job.teacher, job.split, item.config, validation_indices=job.held_out,
             state=item.state, on_epoch=states.append, last_epoch=item.epoch,
         )  # fmt: skip
     return states[-1]

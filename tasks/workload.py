@@ -98,6 +98,14 @@ class Workload:
             later.keys = dataclasses.replace(self.keys, network=hash_network(later.network.model))
         return later
 
+    def tunes_on_validation(self, num_rounds: int) -> bool:
+        """Whether fine-tuning reads the validation images, too: training images on which no tuned network is judged.
+
+        Only rounds with an accuracy budget judge tuned networks.
+        """
+        is_judged = num_rounds > 1 and self.budget.max_accuracy_drop is not None
+        return len(self.validation_indices) > 0 and not is_judged
+
     def card(self, model_spec: str) -> ModelCard:
         """What the portable artifact needs to know."""
         data = self.data

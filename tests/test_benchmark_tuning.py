@@ -170,20 +170,18 @@ def test_trainings_at_once_wait_for_what_they_need(tmp_path: Path, monkeypatch: 
         assert at_once.main([job, *arguments]) == 2
 
 
-def test_tuned_network_is_that_of_the_library_and_never_saw_validation_images(
+def test_tuned_network_is_that_of_the_library_and_learnt_from_all_training_images(
     request_chain: TinyRequest,
 ) -> None:
     key, bench = TINY_RECIPE.key(), request_chain.bench()
     assert key == {
         "budget": "parameters_removed-0.5", "epochs": 1, "learning_rate": 0.1, "distillation_weight": 0.5,
+        "images": "all",
     }  # fmt: skip
     meter = tuned.TunedMeter(request_chain, (TINY_RECIPE,))
     values = meter.measure(Subject(part="tuned", network="chain", seed=0), key)
     pruned = budgets.prune_to(bench, TINY_RECIPE.budget)
-    excluded = bench.validation.indices
-    tuned_network = finetune(
-        pruned.model, bench.model, bench.data.train, TINY_RECIPE.tuning, validation_indices=excluded
-    )
+    tuned_network = finetune(pruned.model, bench.model, bench.data.train, TINY_RECIPE.tuning)
     assert values["one_shot_accuracy"] == pruned.report["one_shot"]["accuracy"]
     assert values["tuned_accuracy"] == bench.accuracy(tuned_network)
     assert values["parameters"] == sum(value.numel() for value in tuned_network.parameters())

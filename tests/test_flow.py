@@ -18,10 +18,12 @@ from prefect.client.schemas.filters import ArtifactFilter
 
 import entprune
 from entprune.checkpoints import save_state, sha256_file
+from entprune.config import Budget
 from entprune.datasets import ArraySplit, ImageData, load_data, split_training
 from entprune.datasets.perturbed import PerturbedSplit
 from entprune.errors import CertificateError, CheckpointError, EngineError, EntpruneError, OutputError
 from entprune.evaluation import predict_logits
+from entprune.finetune import FinetuneConfig, finetune
 from entprune.models import build_model
 from entprune.runner import InProcessRunner
 from entprune.training import TrainConfig, train
@@ -145,6 +147,9 @@ def test_fine_tuning_may_learn_from_all_training_images_where_validation_is_apar
     usual_inputs = load_inputs(ground.parameters("usual"))
     usual = Workload(usual_inputs, parameters.config(), parameters.budget())
     assert (usual.validation_split, len(usual.validation), len(usual.validation_indices)) == ("train", 300, 300)
+    size = Workload(usual_inputs, parameters.config(), Budget(parameters_removed=0.5))
+    learns = [(each.tunes_on_validation(1), each.tunes_on_validation(2)) for each in (work, usual, size)]
+    assert learns == [(False, False), (True, False), (True, True)]  # only rounds by accuracy judge tuned networks
     assert usual.config.drop_estimate == "posterior"
     assert (is_perturbed(work), is_perturbed(usual)) == (False, True)
     plain = Workload(usual_inputs, replace(usual.config, perturbed_share=0.0), parameters.budget())
@@ -327,6 +332,9 @@ def test_fine_tuned_network_is_measured_beside_the_one_shot_one(
     saved = entprune.load(ground.folder / "tuned" / "model").state_dict()
     one_shot = entprune.load(ground.folder / "first" / "model").state_dict()
     assert any(not torch.equal(saved[name], one_shot[name]) for name in saved)
+    start = entprune.load(ground.folder / "first" / "model")
+    from_all = finetune(start, ground.model.eval(), ground.data.train, FinetuneConfig(epochs=1)).state_dict()
+    assert all(torch.allclose(saved[name], from_all[name], rtol=1e-2, atol=1e-3) for name in saved)
 
 
 def test_rounds_prune_and_tune_in_turns_and_are_resumed(ground: Ground) -> None:
@@ -334,6 +342,7 @@ def test_rounds_prune_and_tune_in_turns_and_are_resumed(ground: Ground) -> None:
     report, recorder = run(ground.parameters("rounds", **changes))
     assert recorder.finished_stages.count("finetune") == 2
     first, second = report["rounds"]
+    assert first["validation_accuracy"] is second["validation_drop"] is None  # these images were learnt from
     assert (first["chosen"], second["chosen"]) == (False, True)
     assert report["one_shot"]["parameters"] == first["parameters"]
     assert report["fine_tuned"]["parameters"] == second["parameters"]

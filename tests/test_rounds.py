@@ -134,12 +134,33 @@ def test_round_is_judged_after_tuning_against_the_whole_budget(
     logits[:wrong] = [0.0, 1.0]
     logits[199] = [np.nan, 0.0] if wrong else logits[199]
     judged = judge_round(
-        1, random_plan(network.groups, 0), logits, network=network, reference=reference, budget=budget,
+        1, random_plan(network.groups, 0), compared=(logits, reference), network=network, budget=budget,
         config=PruneConfig(), latency_kept=latency_kept, networks_tried=1,
     )  # fmt: skip
     assert judged.missed == missed
     assert judged.accuracy_drop == pytest.approx((wrong + (wrong > 0)) / 2)
     assert judged.parameters == network.cost.parameters(judged.plan.widths())
+
+
+@pytest.mark.parametrize(
+    ("budget", "missed"),
+    [
+        (Budget(parameters_removed=0.1), ()),
+        (Budget(parameters_removed=0.999), ("parameters_removed",)),
+        (Budget(max_accuracy_drop=99.0), ("max_accuracy_drop",)),  # what nobody looked at is not met
+    ],
+)
+def test_round_that_learnt_from_the_validation_images_has_no_accuracy_there(
+    budget: Budget, missed: tuple[str, ...]
+) -> None:
+    network = analyse(Chain(), IMAGE_SHAPE, PruneConfig())
+    judged = judge_round(
+        1, random_plan(network.groups, 0), compared=None, network=network, budget=budget, config=PruneConfig(),
+        latency_kept=None, networks_tried=1,
+    )  # fmt: skip
+    assert (judged.accuracy, judged.accuracy_drop, judged.upper_bound) == (None, None, None)
+    assert judged.missed == missed
+    assert judged.to_dict()["validation_accuracy"] is None
 
 
 def test_unreachable_size_is_refused_before_the_first_round() -> None:

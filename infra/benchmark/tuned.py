@@ -1,8 +1,8 @@
 """Part `tuned`: networks of a fixed size before any gradient step and after a few epochs of fine-tuning.
 
 Recipes were fixed per network before the seeds were measured, but for the seeds 0 of VGG-16 and ResNet-18; the number
-of epochs of ResNet-56 is what fitted into the time that a GPU was at hand. Images that
-candidates were compared on are not trained on; the test images are measured at the end alone, before and after.
+of epochs of ResNet-56 is what fitted into the time that a GPU was at hand. All training images are trained on, as
+by the command where a size was asked; the test images are measured at the end alone, before and after.
 Where pruned networks are kept, the state of the tuning is, too, after each epoch: a killed run goes on from there.
 """
 
@@ -21,7 +21,6 @@ from torch import nn
 from entprune.allocation import Objective
 from entprune.config import Budget
 from entprune.errors import ConfigError
-from entprune.evaluation import accuracy
 from entprune.finetune import FinetuneConfig, finetune
 from entprune.resumption import TrainingState
 from entprune.rounds import round_budget
@@ -55,7 +54,7 @@ class Recipe:
     def key(self) -> Key:
         """What tells its cell from others."""
         rounds = {"rounds": self.rounds} if self.rounds > 1 else {}
-        return {"budget": budget_label(self.budget), **tuning_key(self.tuning), **rounds}
+        return {"budget": budget_label(self.budget), **tuning_key(self.tuning), **rounds, "images": "all"}
 
 
 def tuning_key(tuning: FinetuneConfig) -> Key:
@@ -137,7 +136,6 @@ class TunedMeter:
             "macs_removed": 1.0 - turns.size["macs"] / pruned.dense["macs"],
             **turns.size,
             "one_shot_accuracy": pruned.one_shot["accuracy"],
-            "validation_accuracy": self._validation_accuracy(turns.tuned),
             "tuned_accuracy": bench.accuracy(turns.tuned),
             "prune_seconds": round(turns.prune_seconds, 1),
             "epoch_seconds": round(turns.tuning_seconds / recipe.tuning.epochs / recipe.rounds, 1),
@@ -176,21 +174,16 @@ class TunedMeter:
 
         with torch_threads(bench.config.threads):
             tuned = finetune(
-                model, bench.model, bench.data.train, tuning, validation_indices=bench.validation.indices,
-                progress=say_steps, state=state, on_epoch=keep,
-            )  # fmt: skip
+                model, bench.model, bench.data.train, tuning, progress=say_steps, state=state, on_epoch=keep
+            )
         seconds = turns.tuning_seconds + sum(float(epoch["seconds"]) for epoch in states[0].content["history"])
         places = turns.places if place is None else (*turns.places, place)
         return replace(turns, tuned=tuned, tuning_seconds=seconds, places=places)
 
-    def _validation_accuracy(self, model: nn.Module) -> float:
-        images = self._bench.validation
-        return accuracy(model, images.split, indices=images.indices, device=self._bench.config.device)
-
 
 def _digest(model: nn.Module, tuning: FinetuneConfig) -> str:
     """What tells trainings apart: where they start from and by which recipe."""
-    digest = hashlib.sha256(json.dumps(asdict(tuning), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(asdict(tuning) | {"images": "all"}, sort_keys=True).encode())
     for value in model.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
