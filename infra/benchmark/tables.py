@@ -48,7 +48,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def budget_name(label: str) -> str:
     """Words for "parameters_removed-0.92"."""
     kind, _, value = label.partition("-")
-    return f"{float(value):.0%} of the {'MACs' if kind == 'macs_removed' else 'parameters'}"
+    percent = f"{100 * float(value):.1f}".removesuffix(".0")
+    return f"{percent}% of the {'MACs' if kind == 'macs_removed' else 'parameters'}"
 
 
 def by_network(records: Records) -> dict[str, list[Mapping[str, Any]]]:

@@ -67,7 +67,8 @@ def _median_row(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def _machine(record: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     """The GPU, or the threads on a CPU."""
     environment = record["runs"][cell["run"]]["environment"]
-    return environment.get("gpu") or f"{cell['values'].get('threads', environment['threads'])} threads"
+    threads = cell["values"].get("threads", environment["threads"])
+    return environment.get("gpu") or ("1 thread" if threads == 1 else f"{threads} threads")
 
 
 def _short_seconds(value: float) -> str:
