@@ -37,6 +37,8 @@ class FinetuneConfig:
         temperature: T, softens both distributions.
         distillation_weight: w in [0, 1]; 0 ignores the teacher, 1 the labels.
         augment: whether to shift and mirror the images at random.
+        clip_norm: a longer gradient is cut to this norm; None leaves it. Answers at temperature T pull T times as hard
+            as labels, and in the few steps of a small data set they tore pruned networks apart.
         seed: of order, augmentation and dropout.
         device: where to train, such as ``"cpu"`` or ``"cuda"``.
         amp: bfloat16 autocast; None means wherever the device computes in it natively.
@@ -50,6 +52,7 @@ class FinetuneConfig:
     temperature: float = 4.0
     distillation_weight: float = 0.9
     augment: bool = True
+    clip_norm: float | None = 2.0
     seed: int = 0
     device: str = "cpu"
     amp: bool | None = None
@@ -69,6 +72,7 @@ class FinetuneConfig:
             weight_decay=self.weight_decay,
             optimiser=self.optimiser,
             augment=self.augment,
+            clip_norm=self.clip_norm,
             seed=self.seed,
             device=self.device,
             amp=self.amp,

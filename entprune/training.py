@@ -46,6 +46,7 @@ class TrainConfig:
         optimiser: ``"sgd"`` (Nesterov momentum 0.9) or ``"adamw"``, which wants a peak near 0.002.
         label_smoothing: probability mass spread over all classes, in [0, 1).
         augment: whether to shift the images at random, and to mirror those with 3 channels.
+        clip_norm: a longer gradient of all parameters together is cut to this norm; None leaves it.
         seed: of order, augmentation and dropout.
         device: where to train, such as ``"cpu"`` or ``"cuda"``.
         amp: bfloat16 autocast; None means wherever the device computes in it natively.
@@ -58,6 +59,7 @@ class TrainConfig:
     optimiser: str = "sgd"
     label_smoothing: float = 0.0
     augment: bool = True
+    clip_norm: float | None = None
     seed: int = 0
     device: str = "cpu"
     amp: bool | None = None
@@ -70,6 +72,7 @@ class TrainConfig:
         require(0 <= self.weight_decay < math.inf, f"weight_decay >= 0, got {self.weight_decay}")
         require(self.optimiser in {"sgd", "adamw"}, f"optimiser 'sgd' or 'adamw', got '{self.optimiser}'")
         require(0 <= self.label_smoothing < 1, f"label_smoothing in [0, 1), got {self.label_smoothing}")
+        require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm > 0 or None, got {self.clip_norm}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,6 +294,8 @@ class _Loop:
             loss = self.loss_function(logits, images, labels)
         self.optimiser.zero_grad()
         torch.autograd.backward(loss)
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimiser.step()
         return torch.stack((loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()))
 

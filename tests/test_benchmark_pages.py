@@ -123,7 +123,7 @@ def test_seeds_of_a_tuned_network_have_their_medians(tmp_path: Path) -> None:
     first = (
         "| vgg16_cifar, 95% of the parameters | 0 | 91.50 | 89.00 | 2.50 | 91.00 | 0.50 | 1,234 | 5,678 | 14 | 0.05 |"
     )
-    assert f"{first} 0 | all | 86 | 2 threads |" in text
+    assert f"{first} 0 | - | all | 86 | 2 threads |" in text
     assert "| vgg16_cifar, 95% of the parameters | **median** |  |  | **2.50** |  | **0.10** |" in text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from entprune.datasets import ArraySplit
+from entprune import Budget, prune
+from entprune.datasets import ArraySplit, load_data
 from entprune.errors import ArtifactError, ConfigError, DataError
+from entprune.evaluation import accuracy
 from entprune.finetune import FinetuneConfig, distillation_loss, finetune
+from entprune.models import build_model
 from entprune.resumption import TrainingState
 from entprune.storage import load_training, save_training
+from entprune.training import TrainConfig, train
 
 
 def make_split(num_images: int = 48) -> ArraySplit:
@@ -39,6 +44,19 @@ def distance(student: nn.Module, teacher: nn.Module, split: ArraySplit) -> float
     images = split.batch(np.arange(len(split)))
     with torch.no_grad():
         return float((student(images).softmax(1) - teacher(images).softmax(1)).abs().mean())
+
+
+def test_an_epoch_on_few_images_does_not_undo_the_pruning() -> None:
+    data = load_data("digits")
+    network = build_model("digits_cnn", num_classes=10, input_shape=data.input_shape)
+    dense = train(network, data, TrainConfig(epochs=10)).model
+    pruned = prune(dense, data.train.batch(np.arange(600)), budget=Budget(parameters_removed=0.97)).model
+    clipped, torn = (
+        accuracy(finetune(pruned, dense, data.train, replace(FinetuneConfig(epochs=1), **setting)), data.test)
+        for setting in ({}, {"clip_norm": None})
+    )
+    assert clipped > accuracy(pruned, data.test) - 3.0
+    assert torn < clipped  # 57 to 84 % against 98 when this was written
 
 
 def test_loss_is_the_formula() -> None:
@@ -188,6 +206,7 @@ def test_nothing_left_to_train_on_is_explained() -> None:
         ({"distillation_weight": 1.1}, r"distillation_weight in \[0, 1\], got 1.1"),
         ({"epochs": 0}, "epochs >= 1, got 0"),
         ({"optimiser": "lion"}, "optimiser 'sgd' or 'adamw'"),
+        ({"clip_norm": 0.0}, "clip_norm > 0 or None, got 0.0"),
     ],
 )
 def test_settings_out_of_range_are_explained(setting: dict[str, Any], message: str) -> None:

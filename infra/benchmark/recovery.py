@@ -25,7 +25,7 @@ from infra.benchmark.records import Record, Subject
 from infra.benchmark.tuned import say_steps, tuning_key
 
 STARTS = (("refit", "allocated"), ("plain", "uniform"))
-RECIPE = FinetuneConfig()
+RECIPE = FinetuneConfig(clip_norm=None)
 BUDGETS = {
     "lenet": "parameters_removed-0.96",
     "vgg16_cifar": "parameters_removed-0.91",

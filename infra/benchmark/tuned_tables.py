@@ -22,7 +22,8 @@ from infra.benchmark.tables import (
 
 _HEAD = (
     "network, removed", "seed", "unpruned", "one-shot", "drop", "fine-tuned", "drop", "parameters left", "MACs left",
-    "epochs", "peak learning rate", "weight of the unpruned network", "tuned on", "seconds of an epoch", "machine",
+    "epochs", "peak learning rate", "weight of the unpruned network", "gradients cut to", "tuned on",
+    "seconds of an epoch", "machine",
 )  # fmt: skip
 _BEFORE_ALL = "all but validation images"  # what the command trained on until it learnt from all where it can
 
@@ -32,8 +33,8 @@ def tuned_section(records: Records) -> list[str]:
     runs: dict[tuple[Any, ...], list[tuple[int, Mapping[str, Any]]]] = {}
     for record in records:
         for cell in record["cells"]:
-            key = {"rounds": 1, "images": _BEFORE_ALL, **cell["key"]}
-            names = ("budget", "epochs", "learning_rate", "distillation_weight", "images", "rounds")
+            key = {"rounds": 1, "images": _BEFORE_ALL, "clip_norm": 0.0, **cell["key"]}
+            names = ("budget", "epochs", "learning_rate", "distillation_weight", "clip_norm", "images", "rounds")
             place = (record["network"], *(key[name] for name in names))
             values = {**cell["values"], "machine": _machine(record, cell)}
             runs.setdefault(place, []).append((record["seed"], values))
@@ -48,12 +49,13 @@ def tuned_section(records: Records) -> list[str]:
 
 
 def _row(seed: int, values: Mapping[str, Any], recipe: Sequence[Any]) -> list[str]:
-    dense, epochs, rate, weight, images, rounds = values["dense"]["accuracy"], *recipe
+    dense, epochs, rate, weight, clip_norm, images, rounds = values["dense"]["accuracy"], *recipe
     shots = [f"{figure:.2f}" for name in _ACCURACIES for figure in (values[name], dense - values[name])]
     sizes = [f"{values[name]:,}" for name in ("parameters", "macs")]
     costs = [_short_seconds(values["epoch_seconds"]), values["machine"]]
     length = str(epochs) if rounds == 1 else f"{rounds} × {epochs}"
-    return [str(seed), f"{dense:.2f}", *shots, *sizes, length, f"{rate:g}", f"{weight:g}", images, *costs]
+    longest = f"{clip_norm:g}" if clip_norm else "-"
+    return [str(seed), f"{dense:.2f}", *shots, *sizes, length, f"{rate:g}", f"{weight:g}", longest, images, *costs]
 
 
 def _median_row(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -61,7 +63,7 @@ def _median_row(found: Sequence[Mapping[str, Any]]) -> list[str]:
         f"**{statistics.median(values['dense']['accuracy'] - values[name] for values in found):.2f}**"
         for name in _ACCURACIES
     ]
-    return ["**median**", "", "", drops[0], "", drops[1], *[""] * 8]
+    return ["**median**", "", "", drops[0], "", drops[1], *[""] * 9]
 
 
 def _machine(record: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
