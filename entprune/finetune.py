@@ -52,7 +52,7 @@ class FinetuneConfig:
     temperature: float = 4.0
     distillation_weight: float = 0.9
     augment: bool = True
-    clip_norm: float | None = 2.0
+    clip_norm: float | None = 5.0
     seed: int = 0
     device: str = "cpu"
     amp: bool | None = None

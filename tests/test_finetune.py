@@ -55,8 +55,8 @@ def test_an_epoch_on_few_images_does_not_undo_the_pruning() -> None:
         accuracy(finetune(pruned, dense, data.train, replace(FinetuneConfig(epochs=1), **setting)), data.test)
         for setting in ({}, {"clip_norm": None})
     )
-    assert clipped > accuracy(pruned, data.test) - 3.0
-    assert torn < clipped  # 57 to 84 % against 98 when this was written
+    assert clipped > accuracy(pruned, data.test) - 5.0
+    assert torn < clipped  # 57 to 84 % against 97 to 98 with three seeds when this was written
 
 
 def test_loss_is_the_formula() -> None:
