@@ -72,7 +72,7 @@ def tune(folder: Path, dies_in: int | None = None) -> tuple[dict[str, torch.Tens
     keys = SimpleNamespace(finetuned=lambda *_: "key", validation="validation")
     work = SimpleNamespace(
         network=SimpleNamespace(model=make_network(6)), data=SimpleNamespace(train=split),
-        validation_indices=np.arange(4), keys=keys,
+        tunes_on_validation=lambda _: False, validation_indices=np.arange(4), keys=keys,
     )  # fmt: skip
     runner = CountingRunner(dies_in)
     with Store(folder) as store:
