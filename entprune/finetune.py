@@ -37,8 +37,8 @@ class FinetuneConfig:
         temperature: T, softens both distributions.
         distillation_weight: w in [0, 1]; 0 ignores the teacher, 1 the labels.
         augment: whether to shift and mirror the images at random.
-        clip_norm: a longer gradient is cut to this norm; None leaves it. Answers at temperature T pull T times as hard
-            as labels, and in the few steps of a small data set they tore pruned networks apart.
+        clip_norm: a longer gradient is cut to this norm; None leaves it. Answers at temperature T pull up to T
+            times as hard as labels, too hard for the few steps of a small data set.
         seed: of order, augmentation and dropout.
         device: where to train, such as ``"cpu"`` or ``"cuda"``.
         amp: bfloat16 autocast; None means wherever the device computes in it natively.

@@ -34,7 +34,7 @@ class RoundRecord:
         plan: kept channels of the dense network.
         parameters, macs: of the tuned network.
         accuracy: percent on the validation images; None where the network was tuned on these.
-        accuracy_drop: estimated drop on unseen images in points, upper_bound its confidence bound; None alike.
+        accuracy_drop: estimated drop on unseen images in points, upper_bound its confidence bound; None there, too.
         latency_kept: fraction of the dense network's latency, None where it was not asked for.
         networks_tried: by the search of this round.
         missed: budgets of the whole run that this network does not meet.

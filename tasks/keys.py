@@ -93,9 +93,10 @@ class StageKeys:
         """A range of the logits of that key."""
         return content_key("ranges", {"logits": logits, "part": list(part)})
 
-    def finetuned(self, model: nn.Module, config: FinetuneConfig, train: str) -> str:
-        """Weights after fine-tuning."""
-        inputs = {"student": hash_network(model), "teacher": self.network, "finetune": asdict(config), "train": train}
+    def finetuned(self, model: nn.Module, config: FinetuneConfig, held_out: str) -> str:
+        """Weights after fine-tuning on all images of a split but some, of which this is the hash."""
+        settings = {"finetune": asdict(config), "held_out": held_out}
+        inputs = {"student": hash_network(model), "teacher": self.network, **settings}
         return content_key("finetuned", inputs)
 
     def _residuals(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from entprune.checkpoints import load_plain_state
 from entprune.finetune import FinetuneConfig
 from entprune.runner import Work
 from entprune.storage import load_training, read_bundle, save_training, write_bundle
+from tasks.keys import hash_images
 from tasks.units import EpochItem, FinetuneJob, finetune_epoch
 from tasks.workload import Engine, Workload, stage_task
 
@@ -27,8 +28,7 @@ def finetune(
     It learns from all training images, unless what comes of the rounds is judged on some of them. After each epoch the
     state of the training is stored, so that a killed run repeats at most the epoch in flight.
     """
-    learns_from_all = work.tunes_on_validation(num_rounds)
-    held_out = work.validation_indices[:0] if learns_from_all else work.validation_indices
+    held_out = work.validation_indices[:0] if work.tunes_on_validation(num_rounds) else work.validation_indices
     job = FinetuneJob(
         student=smaller,
         teacher=work.network.model,
@@ -36,7 +36,7 @@ def finetune(
         held_out=held_out,
         threads=engine.finetune_threads,
     )
-    key = work.keys.finetuned(smaller, config, work.data.sha256 if learns_from_all else work.keys.validation)
+    key = work.keys.finetuned(smaller, config, hash_images(work.data, "train", held_out))
     with engine.clock.stage("finetune"):
         state = engine.store.remember(
             "finetuned",

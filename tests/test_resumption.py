@@ -69,9 +69,10 @@ def tune(folder: Path, dies_in: int | None = None) -> tuple[dict[str, torch.Tens
     """One run, which may be killed in an epoch; its store is closed as a run closes it."""
     pixels = np.random.default_rng(0).normal(size=(24, 1, 4, 4)).astype(np.float32)
     split = ArraySplit(images=pixels, labels=np.arange(24, dtype=np.int64) % 3, mean=(0.0,), std=(1.0,))
-    keys = SimpleNamespace(finetuned=lambda *_: "key", validation="validation")
+    keys = SimpleNamespace(finetuned=lambda *_: "key")
+    data = SimpleNamespace(train=split, sha256="0" * 64, mean=(0.0,), std=(1.0,), input_shape=(1, 4, 4))
     work = SimpleNamespace(
-        network=SimpleNamespace(model=make_network(6)), data=SimpleNamespace(train=split),
+        network=SimpleNamespace(model=make_network(6)), data=data,
         tunes_on_validation=lambda _: False, validation_indices=np.arange(4), keys=keys,
     )  # fmt: skip
     runner = CountingRunner(dies_in)

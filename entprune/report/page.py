@@ -39,7 +39,8 @@ _FIGURES_NOTE = (
 )
 _ROUNDS_NOTE = (
     "Each round prunes the network that the one before it left, and tunes it; its figures are of the tuned network, "
-    "against the unpruned one. Networks tried and curves further down are those of the first round."
+    "against the unpruned one. Without a validation accuracy, it learnt from those images, too. Networks tried and "
+    "curves further down are those of the first round."
 )
 _NETWORK_NOTE = (
     "From the input at the top to the output at the bottom. A group is a set of channels that can only be kept or "

@@ -68,12 +68,12 @@ def tuning_key(tuning: FinetuneConfig) -> Key:
     }
 
 
-_DIGITS = FinetuneConfig(epochs=15, clip_norm=None)  # here and below: as measured before gradients were clipped
+_LENET = FinetuneConfig(epochs=15, clip_norm=None)  # here and below: as measured before gradients were clipped
 _LABELS_ALONE = {"learning_rate": 0.05, "distillation_weight": 0.0, "clip_norm": None}
 _LONG = FinetuneConfig(epochs=45, batch_size=256, learning_rate=0.1, distillation_weight=0.5, clip_norm=None)
-_LONGER = FinetuneConfig(epochs=40, learning_rate=0.1, clip_norm=None)
+_AFTER_LONG_TRAINING = FinetuneConfig(epochs=40, learning_rate=0.1, clip_norm=None)
 RECIPES: dict[str, tuple[Recipe, ...]] = {
-    "lenet": (Recipe(budget=Budget(parameters_removed=0.9745), tuning=_DIGITS, rounds=3),),
+    "lenet": (Recipe(budget=Budget(parameters_removed=0.9745), tuning=_LENET, rounds=3),),
     "vgg16_cifar": (Recipe(budget=Budget(parameters_removed=0.95), tuning=FinetuneConfig(epochs=14, **_LABELS_ALONE)),),
     "resnet18_cifar": (
         Recipe(budget=Budget(parameters_removed=0.92), tuning=FinetuneConfig(epochs=8, **_LABELS_ALONE)),
@@ -82,8 +82,8 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         Recipe(budget=Budget(macs_removed=0.531), tuning=_LONG),
         Recipe(budget=Budget(macs_removed=0.611), tuning=_LONG),
     ),
-    "vgg16_cifar_long": (Recipe(budget=Budget(parameters_removed=0.95), tuning=_LONGER),),
-    "resnet18_cifar_long": (Recipe(budget=Budget(parameters_removed=0.92), tuning=_LONGER),),
+    "vgg16_cifar_long": (Recipe(budget=Budget(parameters_removed=0.95), tuning=_AFTER_LONG_TRAINING),),
+    "resnet18_cifar_long": (Recipe(budget=Budget(parameters_removed=0.92), tuning=_AFTER_LONG_TRAINING),),
 }
 
 
@@ -183,7 +183,7 @@ class TunedMeter:
 
 def _digest(model: nn.Module, tuning: FinetuneConfig) -> str:
     """What tells trainings apart: where they start from and by which recipe."""
-    digest = hashlib.sha256(json.dumps(asdict(tuning) | {"images": "all"}, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(asdict(tuning), sort_keys=True).encode())
     for value in model.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
