@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from entprune.datasets import ImageSplit
 from entprune.evaluation import Progress, resolve_device
+from entprune.memory_format import fastest_format, lay_out
 from entprune.resumption import TrainingState
-from entprune.training import OnEpoch, TrainConfig, fastest_format, fit, lay_out, require
+from entprune.training import OnEpoch, TrainConfig, fit, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,6 +23,7 @@ from entprune.datasets import ImageData, ImageSplit
 from entprune.datasets.resident import place_images
 from entprune.errors import ConfigError, DataError
 from entprune.evaluation import Progress, accuracy, has_native_bfloat16, locate_model, resolve_device
+from entprune.memory_format import fastest_format, lay_out, thin_norms_by_channel
 from entprune.replay import RECORDING, ReplayedStep, Step
 from entprune.resumption import TrainingState, capture_arrays, restore_arrays
 
@@ -171,13 +172,12 @@ def fit(
         loop.use_fastest_format(indices[:2])
         if state is not None:
             loop.restore(state)
-        for epoch in range(len(loop.history) + 1, (last_epoch or config.epochs) + 1):
-            order = loop.order_generator.permutation(indices)
-            batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-            loop.history.append(_run_epoch(loop, epoch, batches[:steps_per_epoch], progress))
-            _check_finite(loop.history[-1], config)
-            if on_epoch is not None:
-                on_epoch(loop.capture())
+        with thin_norms_by_channel(model, loop.memory_format):
+            for epoch in range(len(loop.history) + 1, (last_epoch or config.epochs) + 1):
+                loop.history.append(_run_epoch(loop, epoch, _batches(loop, indices, steps_per_epoch), progress))
+                _check_finite(loop.history[-1], config)
+                if on_epoch is not None:
+                    on_epoch(loop.capture())
     lay_out(model.to(home), torch.contiguous_format).eval()
     return tuple(loop.history)
 
@@ -188,35 +188,6 @@ def _check_finite(record: EpochRecord, config: TrainConfig) -> None:
             f"training diverged in epoch {record.epoch}: expected a finite loss, got {record.loss}; "
             f"lower the learning rate (now {config.learning_rate})."
         )
-
-
-def fastest_format(model: nn.Module, images: Tensor) -> torch.memory_format:
-    """Return channels_last for networks with convolutions, which then run faster on CPUs and GPUs.
-
-    A network whose code counts on the ordinary order (`x.view(n, -1)` behind a convolution) gets that: a copy is tried
-    on the images.
-
-    Args:
-        model: network on the images' device.
-        images: (n, c, h, w), at least two.
-    """
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        return torch.contiguous_format
-    trial = lay_out(copy.deepcopy(model), torch.channels_last)
-    try:
-        with torch.no_grad():
-            trial(images.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:  # what a view of another order raises
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def lay_out(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    """Put the network's parameters of rank 4 into a memory format, in place, and return it."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
-    return model
 
 
 def one_cycle(step: int, total_steps: int) -> float:
@@ -329,6 +300,12 @@ class _Loop:
         with _forked_generators(self.device), torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_mixed):
             self.memory_format = fastest_format(self.model, images)
         lay_out(self.model, self.memory_format)
+
+
+def _batches(loop: _Loop, indices: npt.NDArray[np.int64], num_batches: int) -> list[npt.NDArray[np.int64]]:
+    """The images of the next epoch in a new order; those of a last batch that is not full are left out."""
+    order, size = loop.order_generator.permutation(indices), loop.config.batch_size
+    return [order[start : start + size] for start in range(0, num_batches * size, size)]
 
 
 def _run_epoch(
