@@ -21,6 +21,8 @@ from entprune.layers import find_part, output_width, part_width
 
 Objective = Literal["parameters", "macs"]
 Limits = Mapping[Objective, float]  # kept fraction of the dense network's size, in (0, 1]
+Widths = Mapping[str, int] | Mapping[str, int | np.ndarray]
+Ranks = Mapping[str, int]  # of layers that are made two
 Excess = Callable[[Mapping[str, int]], dict[Objective, float]]  # how many times over which limits, where it is over
 _BISECTIONS = 40
 _SWEEPS = 30
@@ -33,7 +35,8 @@ _BLEND_UNIT = 1e6  # large, because differences of cost below one count as one
 class LayerCost:
     """Size of one layer as a function of the widths of the groups it touches.
 
-    parameters = taps * inputs * outputs + per_output * outputs, MACs = taps * inputs * outputs * positions, with
+    parameters = taps * inputs * outputs + per_output * outputs, MACs = taps * inputs * outputs * positions (of rank r:
+    r * (taps * inputs + outputs) in place of taps * inputs * outputs), with
     inputs = fixed_inputs + sum_g input_blocks[g] * width_g and outputs alike; no parameters where another layer that
     shares them was counted (`is_counted` false).
     """
@@ -48,6 +51,14 @@ class LayerCost:
     output_blocks: Mapping[str, int]
     is_counted: bool = True
 
+    def inputs(self, widths: Widths) -> int | np.ndarray:
+        """Inputs at these widths; an array where a width is one."""
+        return self.fixed_inputs + sum(block * widths[name] for name, block in self.input_blocks.items())
+
+    def outputs(self, widths: Widths) -> int | np.ndarray:
+        """Outputs likewise."""
+        return self.fixed_outputs + sum(block * widths[name] for name, block in self.output_blocks.items())
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
@@ -56,33 +67,36 @@ class CostModel:
     layers: tuple[LayerCost, ...]
     untouched_parameters: int
 
-    def parameters(self, widths: Mapping[str, int]) -> int:
-        """Parameters at these widths."""
-        return int(self.evaluate(widths, "parameters"))
+    def parameters(self, widths: Mapping[str, int], ranks: Ranks | None = None) -> int:
+        """Parameters at these widths, and ranks of layers that have one."""
+        return int(self.evaluate(widths, "parameters", ranks))
 
-    def macs(self, widths: Mapping[str, int]) -> int:
+    def macs(self, widths: Mapping[str, int], ranks: Ranks | None = None) -> int:
         """Multiply-accumulates of one image in convolutions and linear layers."""
-        return int(self.evaluate(widths, "macs"))
+        return int(self.evaluate(widths, "macs", ranks))
 
-    def evaluate(self, widths: Mapping[str, int], objective: Objective) -> float:
+    def evaluate(self, widths: Mapping[str, int], objective: Objective, ranks: Ranks | None = None) -> float:
         """Cost in parameters or MACs."""
         total = float(self.untouched_parameters) if objective == "parameters" else 0.0
-        return total + sum(float(_layer_cost(layer, widths, objective)) for layer in self.layers)
+        known = ranks or {}
+        return total + sum(float(_layer_cost(layer, widths, objective, known.get(layer.name))) for layer in self.layers)
 
-    def by_group(self, widths: Mapping[str, int], objective: Objective) -> tuple[dict[str, int], int]:
+    def by_group(
+        self, widths: Mapping[str, int], objective: Objective, ranks: Ranks | None = None
+    ) -> tuple[dict[str, int], int]:
         """Cost of the layers that compute each group, and of everything that computes none; together the whole.
 
         What one layer costs is split among the groups that it writes, in proportion to its outputs in them.
         """
         written: dict[str, float] = {}
         for layer in self.layers:
-            cost = float(_layer_cost(layer, widths, objective))
+            cost = float(_layer_cost(layer, widths, objective, (ranks or {}).get(layer.name)))
             sizes = {group: block * widths[group] for group, block in layer.output_blocks.items()}
             outputs = max(1, layer.fixed_outputs + sum(sizes.values()))
             for group, size in sizes.items():
                 written[group] = written.get(group, 0.0) + cost * size / outputs
         rounded = {group: round(cost) for group, cost in written.items()}
-        return rounded, round(self.evaluate(widths, objective)) - sum(rounded.values())
+        return rounded, round(self.evaluate(widths, objective, ranks)) - sum(rounded.values())
 
     def blocks(self) -> dict[str, int]:
         """Channels that the first layer to write a group gets for each of the group's."""
@@ -101,11 +115,15 @@ class CostModel:
 
 
 def _layer_cost(
-    layer: LayerCost, widths: Mapping[str, int] | Mapping[str, int | np.ndarray], objective: Objective
+    layer: LayerCost,
+    widths: Widths,
+    objective: Objective,
+    rank: int | None = None,
 ) -> float | np.ndarray:
-    inputs = layer.fixed_inputs + sum(block * widths[name] for name, block in layer.input_blocks.items())
-    outputs = layer.fixed_outputs + sum(block * widths[name] for name, block in layer.output_blocks.items())
-    dense = layer.taps * inputs * outputs
+    inputs, outputs = layer.inputs(widths), layer.outputs(widths)
+    dense: float | np.ndarray = (
+        layer.taps * inputs * outputs if rank is None else rank * (layer.taps * inputs + outputs)
+    )
     if objective == "macs":
         return dense * layer.positions
     return (dense + layer.per_output * outputs) * layer.is_counted
@@ -340,7 +358,7 @@ class _BlendedCost(CostModel):
 
     weights: Mapping[Objective, float]
 
-    def evaluate(self, widths: Mapping[str, int], objective: Objective) -> float:  # noqa: ARG002 -- the base's
+    def evaluate(self, widths: Mapping[str, int], objective: Objective, ranks: Ranks | None = None) -> float:  # noqa: ARG002 -- the base's
         return sum(weight * CostModel.evaluate(self, widths, name) for name, weight in self.weights.items())
 
     def along(self, group: str, widths: Mapping[str, int], num_channels: int, objective: Objective) -> np.ndarray:  # noqa: ARG002

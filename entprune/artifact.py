@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from entprune.checkpoints import load_plain_state, save_state, sha256_file
 from entprune.errors import ArtifactError, CheckpointError, ConfigError, EntpruneError
-from entprune.layers import layer_sizes, resize
+from entprune.layers import is_dense, layer_sizes, output_width, resize
+from entprune.low_rank import empty_pair
 from entprune.models import MODEL_NAMES, build_model
 from entprune.plan import PruningPlan
 from entprune.storage import atomic_write_text, staging_directory
@@ -109,10 +110,11 @@ def save_model(
     _check_saveable(model)
     with staging_directory(Path(directory), marker=_DESCRIPTION_NAME) as staging:
         save_state(model, staging / _WEIGHTS_NAME)
-        description = {
+        description: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "card": card.to_dict(),
             "layers": layer_sizes(model),
+            **({"ranks": dict(plan.ranks)} if plan is not None and plan.ranks else {}),
             "plan": None if plan is None else plan.to_dict(),
             "weights": {"file": _WEIGHTS_NAME, "sha256": sha256_file(staging / _WEIGHTS_NAME)},
             "extra": dict(extra or {}),
@@ -141,6 +143,7 @@ def load_model(directory: Path, *, model: nn.Module | None = None) -> nn.Module:
     description = _read_description(directory)
     card = _card(directory, description)
     network = (_build(directory, card) if model is None else copy.deepcopy(model).cpu()).float()
+    _split(directory, network, description.get("ranks", {}))
     _narrow(directory, network, description["layers"])
     state = _read_weights(directory, description["weights"].get("sha256"))
     try:
@@ -236,6 +239,20 @@ def _build(directory: Path, card: ModelCard) -> nn.Module:
         return build_model(spec, num_classes=card.num_classes, input_shape=card.input_shape)
     except EntpruneError as cause:
         raise ArtifactError(f"artifact '{directory}': its network cannot be built: {cause}") from cause
+
+
+def _split(directory: Path, network: nn.Module, ranks: Any) -> None:
+    """Make two layers of each that was given a rank; sizes are checked afterwards."""
+    if not isinstance(ranks, dict):
+        raise _misfit(directory, f"ranks of layers are recorded as {ranks!r}")
+    layers = dict(network.named_modules())
+    for name, rank in ranks.items():
+        layer = layers.get(name)
+        if layer is None or not is_dense(layer):
+            raise _misfit(directory, f"'{name}', which is recorded as one of rank {rank}, is no dense layer")
+        if not isinstance(rank, int) or not 1 <= rank <= output_width(layer):
+            raise _misfit(directory, f"layer '{name}' has rank {rank!r}, expected 1 to {output_width(layer)}")
+        empty_pair(network, name, rank)
 
 
 def _narrow(directory: Path, network: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from entprune.errors import ConfigError
 from entprune.evaluation import ImageSplit
 from entprune.groups import ChannelGroups, shared_layers
 from entprune.layers import LayerSelection, input_width, is_dense, narrow_layers
+from entprune.low_rank import reduce_rank
 from entprune.moments import (
     Moments,
     count_positions,
@@ -38,7 +39,7 @@ from entprune.plan import PruningPlan, select_layers
 from entprune.rectifiers import CutOff, cut_off, find_rectifiers
 from entprune.refit import make_fit
 from entprune.repeated import refit_repeated
-from entprune.residuals import Residual, inverse_gain
+from entprune.residuals import Residual, find_norms, inverse_gain, norm_gain
 from entprune.tracing import called_modules, trace
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -130,7 +131,7 @@ def assemble(
     Args:
         model: dense network in eval mode; it is not changed.
         groups: its channel groups.
-        plan: kept channels.
+        plan: kept channels, and ranks of layers whose weights are to be of low rank; they stay one layer here.
         data: calibration images and the dense network's answers.
         graph: traced operations of the dense network; traced here without it, which only one thread at a time may do.
         progress: called with (graph nodes done, all nodes).
@@ -140,7 +141,7 @@ def assemble(
     """
     selection = select_layers(model, groups, plan)
     smaller = slice_network(model, groups, plan).eval().to(device)
-    if any(len(group.kept_channels) < group.num_channels for group in plan.groups):
+    if plan.ranks or any(len(group.kept_channels) < group.num_channels for group in plan.groups):
         graph = graph or trace(model).graph
         free = _free_modules(graph, groups.protected | shared_layers(model))
         moments = {
@@ -149,7 +150,7 @@ def assemble(
             if isinstance(entry.moments, Moments) and name not in free and name not in groups.protected
         }
         refit_repeated(smaller, model, selection, moments, relative_ridge=config.relative_ridge)
-        walk = _RefitWalk(graph, free, smaller, model, selection, data, config, device)
+        walk = _RefitWalk(graph, free, smaller, model, selection, data, config, device, dict(plan.ranks))
         with torch.inference_mode():
             walk.run(progress)
     return smaller.cpu()
@@ -168,7 +169,10 @@ class _RefitWalk:
         data: RefitData,
         config: RefitConfig,
         device: str,
+        ranks: Mapping[str, int],
     ) -> None:
+        self._ranks = ranks
+        self._norms = find_norms(graph, dense) if ranks else {}
         self._graph, self._may_change = graph, may_change
         self._smaller, self._dense = smaller, dense
         self._selection, self._statistics, self._sampling = selection, data.statistics, data.sampling
@@ -226,6 +230,7 @@ class _RefitWalk:
         entry = self._selection.get(name, LayerSelection())
         if entry.inputs is not None and len(entry.inputs) < input_width(self._dense.get_submodule(name)):
             self._changed = True
+        self._changed = self._changed or name in self._ranks
         if not self._changed or name not in self._may_change:
             return
         if isinstance(layer, _BATCH_NORM) and self._config.reestimate_batchnorm and name not in self._settled:
@@ -286,10 +291,19 @@ class _RefitWalk:
         if name == self._output_layer and layer.bias is not None:
             rows, logits = (torch.cat(part) for part in list(zip(*(held or read()), strict=True))[:2])
             weight, bias = fit_probabilities(rows, logits, weight, bias, self._config.output_temperature)
+        if name in self._ranks:
+            gain = self._gain(name)[kept].to(self._device)
+            weight, bias = reduce_rank(weight, bias, (part[0] for part in held or read()), gain, self._ranks[name])
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(bias)
         return bias
+
+    def _gain(self, name: str) -> Tensor:
+        """(m,) magnitude with which each output of a dense layer goes on."""
+        norm = self._norms.get(name)
+        gain = None if norm is None else norm_gain(self._dense.get_submodule(norm))
+        return torch.ones(len(self._dense.get_submodule(name).get_parameter("weight"))) if gain is None else gain.abs()
 
     def _observations(
         self,

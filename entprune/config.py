@@ -106,6 +106,7 @@ class PruneConfig:
         minimum_fraction: the same as a fraction of its dense width.
         round_to: widths of layers are multiples of this, dense ones excepted.
         keep: shell patterns of layers that must not change.
+        low_rank: layers whose outputs are correlated become two thin ones (:mod:`entprune.low_rank`).
         relative_ridge, reestimate_batchnorm, rectified_steps, output_temperature: see RefitConfig.
         correct_residuals: let the last layer of a residual branch make up for the error of the stream it is added to.
         drop_estimate: how the drop on new images is estimated: "labels", "posterior" or "blend" (entprune.selection);
@@ -141,6 +142,7 @@ class PruneConfig:
     minimum_fraction: float = 0.0
     round_to: int = 1
     keep: tuple[str, ...] = ()
+    low_rank: bool = False
     relative_ridge: float = 1e-3
     reestimate_batchnorm: bool = True
     rectified_steps: int = 2

@@ -15,7 +15,7 @@ from entprune.errors import ConfigError
 from entprune.groups import ChannelGroup, ChannelGroups, LayerSlice
 from entprune.layers import LayerSelection, find_part, input_width, part_width
 
-_PLAN_VERSION = 1
+_PLAN_VERSION, _WITH_RANKS = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +39,16 @@ class GroupPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruningPlan:
-    """Kept channels of every group of a network, in execution order."""
+    """What stays of a network.
+
+    Attributes:
+        groups: kept channels of every group, in execution order.
+        ranks: layers whose weights are of low rank, with that rank, in execution order; they become two layers each
+            (:mod:`entprune.low_rank`).
+    """
 
     groups: tuple[GroupPlan, ...]
+    ranks: tuple[tuple[str, int], ...] = ()
 
     def widths(self) -> dict[str, int]:
         """Kept channels per group."""
@@ -56,12 +63,14 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        ranks = {"ranks": dict(self.ranks)} if self.ranks else {}
         return {
-            "plan_version": _PLAN_VERSION,
+            "plan_version": _WITH_RANKS if ranks else _PLAN_VERSION,
             "groups": [
                 {"name": g.name, "num_channels": g.num_channels, "kept_channels": list(g.kept_channels)}
                 for g in self.groups
             ],
+            **ranks,
         }
 
     @classmethod
@@ -71,9 +80,10 @@ class PruningPlan:
         Raises:
             ConfigError: an unknown version or a malformed entry.
         """
-        if content.get("plan_version") != _PLAN_VERSION:
+        if content.get("plan_version") not in {_PLAN_VERSION, _WITH_RANKS}:
             raise ConfigError(
-                f"expected plan_version {_PLAN_VERSION}, got {content.get('plan_version')!r}; rebuild the plan."
+                f"expected plan_version {_PLAN_VERSION} or {_WITH_RANKS}, got {content.get('plan_version')!r}; "
+                "rebuild the plan."
             )
         return cls(
             groups=tuple(
@@ -83,7 +93,8 @@ class PruningPlan:
                     kept_channels=tuple(int(channel) for channel in entry["kept_channels"]),
                 )
                 for entry in content["groups"]
-            )
+            ),
+            ranks=tuple((str(name), int(rank)) for name, rank in content.get("ranks", {}).items()),
         )
 
     def digest(self) -> str:
@@ -118,6 +129,8 @@ def compose_plans(first: PruningPlan, second: PruningPlan) -> PruningPlan:
     Raises:
         ConfigError: the second plan belongs to another network.
     """
+    if first.ranks or second.ranks:
+        raise ConfigError("plans with layers of low rank cannot be put together; prune in one round.")
     later = {group.name: group for group in second.groups}
     if unknown := set(later) - {group.name for group in first.groups}:
         raise ConfigError(f"the second plan has groups {sorted(unknown)} that the first lacks; rebuild the plan.")

@@ -5,6 +5,7 @@ The same stages run on a cluster through the `flows` package; both give the same
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from entprune.datasets.splits import ArraySplit
 from entprune.errors import DataError
 from entprune.evaluation import ImageSplit, Measurement, measurement_of
 from entprune.groups import ChannelGroups
+from entprune.low_rank import merge_layers, split_layers
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
 from entprune.predictions import dense_reference, is_correct, predict, with_perturbed
@@ -254,16 +256,18 @@ def candidate_job(
 
 
 def build_smaller(network: Network, found: SearchResult) -> nn.Module:
-    """The chosen network with its weights."""
-    smaller = slice_network(network.model, network.groups, found.chosen.plan)
+    """The chosen network with its weights; layers of low rank are two each."""
+    plan = found.chosen.plan
+    smaller = slice_network(network.model, network.groups, plan)
     load_plain_state(smaller, {name: torch.from_numpy(np.array(value)) for name, value in found.state.items()})
-    return smaller.eval()
+    return split_layers(smaller, dict(plan.ranks)).eval()
 
 
 def certify_result(
     network: Network, smaller: nn.Module, plan: PruningPlan, images: ImageSet, config: PruneConfig
 ) -> Certificate:
-    """Certificate on calibration images."""
+    """Certificate on calibration images; layers of low rank count as one, with the product of their two weights."""
+    smaller = merge_layers(copy.deepcopy(smaller), dict(plan.ranks))
     _, height, width = network.input_shape
     count = max(2, min(_CERTIFICATE_IMAGES, _CERTIFICATE_PIXELS // (height * width)))
     batch = images.split.batch(images.indices[:count])
@@ -403,7 +407,7 @@ def _costs_by_group(facts: RunFacts, plan: PruningPlan, objective: Objective) ->
     """Parameters or MACs of the layers that compute each group, and of all others, in both networks."""
     cost = facts.network.cost
     dense, others_dense = cost.by_group({path.group: path.num_channels for path in facts.paths.values()}, objective)
-    pruned, others_pruned = cost.by_group(plan.widths(), objective)
+    pruned, others_pruned = cost.by_group(plan.widths(), objective, dict(plan.ranks))
     entries = {group: {"dense": dense[group], "pruned": pruned[group]} for group in dense}
     return {**entries, _OTHERS: {"dense": others_dense, "pruned": others_pruned}}
 

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from entprune.allocation import AllocationProblem, CostModel, Limits, Objective, allocate_within
+from entprune.allocation import AllocationProblem, CostModel, Limits, Objective, allocate, allocate_within
 from entprune.candidates import CandidateJob, CandidateScore
 from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.errors import ConfigError
 from entprune.latency import KeptLatency, LatencyBudget, latency_budget, limit_macs
 from entprune.path import SparsityPath
 from entprune.plan import GroupPlan, PruningPlan
+from entprune.rank_choice import RankChoice, rank_choice
 from entprune.runner import Runner
 from entprune.scoring import ScoreTask, score_all
 from entprune.selection import DenseReference, StopRule
 
 _SMALLEST_FRACTION = 0.02
+_PRICE_STEP = 0.9  # smaller
+_SIZE_BISECTIONS = 12
 _REMOVED_RESOLUTION = 1.25  # factor between the removed fractions of neighbouring sizes
 
 
@@ -131,7 +134,7 @@ def search(
     """
     ledger = Ledger(job.stop, job.reference, latency_budget(job.network, budget, config, kept_latency))
     scorer = _Scorer(job, runner, known, on_score)
-    steps = search_steps(paths, cost, ledger, budget, config, dense_widths)
+    steps = search_steps(paths, cost, ledger, budget, config, dense_widths, rank_choice(job, config))
     try:
         while True:
             try:
@@ -162,19 +165,28 @@ def search_steps(
     budget: Budget,
     config: PruneConfig,
     dense_widths: Mapping[str, int] | None = None,
+    ranks: RankChoice | None = None,
 ) -> SearchSteps:
     """Search as a sequence of requests; whoever drives it enters the scores into the ledger before it goes on.
 
     Raises:
-        ConfigError: a size or latency budget that even the least widths do not reach.
+        ConfigError: a size or latency budget that even the least widths do not reach, or layers of low rank with
+            several budgets or one of latency.
     """
     problem = allocation_problem(paths, cost, config, _objective(budget, config), dense_widths)
     limits, latency = budget.size_limits(), ledger.latency
+    if ranks is not None:
+        ranks = replace(ranks, objective=problem.objective)
+        if latency is not None or len(budget.to_dict()) > 1:
+            raise ConfigError(
+                "layers of low rank go with one budget, of accuracy, parameters or MACs, got "
+                f"{', '.join(budget.to_dict())}; give one, or leave the layers whole."
+            )
     if latency is not None:
         limits = dict(limit_macs(problem, limits, lambda w: latency.kept(plan_for_widths(paths, w)), latency.limit))
     if budget.max_accuracy_drop is not None:
-        return _by_accuracy(problem, paths, ledger, config, limits)
-    return _by_size(problem, paths, ledger, limits)
+        return _by_accuracy(problem, _Planner(problem, paths, ranks), ledger, config, limits)
+    return _by_size(problem, _Planner(problem, paths, ranks), ledger, limits)
 
 
 def _objective(budget: Budget, config: PruneConfig) -> Objective:
@@ -278,8 +290,8 @@ class Ledger:
             round=number,
             kept_fraction=fraction,
             plan=plan,
-            parameters=problem.cost.parameters(plan.widths()),
-            macs=problem.cost.macs(plan.widths()),
+            parameters=problem.cost.parameters(plan.widths(), dict(plan.ranks)),
+            macs=problem.cost.macs(plan.widths(), dict(plan.ranks)),
             accuracy=accuracy,
             accuracy_drop=drop,
             label_drop=label_drop,
@@ -345,11 +357,46 @@ class _Scorer:
         score_all(tasks, self._runner, stage=request.stage, on_score=collect)
 
 
-def _by_size(
-    problem: AllocationProblem, paths: Mapping[str, SparsityPath], ledger: Ledger, limits: Limits
-) -> SearchSteps:
+class _Planner:
+    """Makes plans of widths, with ranks at the price that these widths were allocated at."""
+
+    def __init__(self, problem: AllocationProblem, paths: Mapping[str, SparsityPath], ranks: RankChoice | None) -> None:
+        self._problem, self._paths, self._ranks = problem, paths, ranks
+
+    def plan(self, widths: Mapping[str, int]) -> PruningPlan:
+        """The plan of these widths."""
+        plan = plan_for_widths(self._paths, widths)
+        return plan if self._ranks is None else self._ranks.complete(plan, self._price(widths))
+
+    def _price(self, widths: Mapping[str, int]) -> float:
+        """Predicted loss per unit of cost of a slightly smaller network."""
+        problem, fraction = self._problem, self._problem.fraction(widths)
+        least = problem.fraction(problem.smallest())
+        near = fraction * _PRICE_STEP if fraction * _PRICE_STEP >= least else min(1.0, fraction / _PRICE_STEP)
+        other = allocate(problem, near)
+        saved = problem.cost.evaluate(widths, problem.objective) - problem.cost.evaluate(other, problem.objective)
+        return max(0.0, (problem.loss(other) - problem.loss(widths)) / saved) if saved else 0.0
+
+    def largest(self, limit: float) -> PruningPlan:
+        """The plan of the largest widths whose layers, with their ranks, cost at most this fraction."""
+        problem = self._problem
+        dense = problem.cost.evaluate(problem.full(), problem.objective)
+        best, low, high = self.plan(allocate(problem, limit)), limit, 1.0
+        for _ in range(_SIZE_BISECTIONS):
+            middle = (low * high) ** 0.5
+            plan = self.plan(allocate(problem, middle))
+            if problem.cost.evaluate(plan.widths(), problem.objective, dict(plan.ranks)) <= limit * dense:
+                best, low = plan, middle
+            else:
+                high = middle
+        return best
+
+
+def _by_size(problem: AllocationProblem, planner: _Planner, ledger: Ledger, limits: Limits) -> SearchSteps:
     """One allocation: the size is known without trying."""
-    plan = plan_for_widths(paths, allocate_within(problem, limits))
+    plan = planner.plan(allocate_within(problem, limits))
+    if plan.ranks:
+        plan = planner.largest(limits[problem.objective])
     yield ScoreRequest(plans=(plan,), stage="assemble")
     fraction = limits.get(problem.objective, problem.fraction(plan.widths()))
     candidate = ledger.judge(problem, plan, fraction, 1)
@@ -358,7 +405,7 @@ def _by_size(
 
 def _by_accuracy(
     problem: AllocationProblem,
-    paths: Mapping[str, SparsityPath],
+    planner: _Planner,
     ledger: Ledger,
     config: PruneConfig,
     limits: Limits,
@@ -371,7 +418,7 @@ def _by_accuracy(
     bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
     if limits:
-        plan = plan_for_widths(paths, allocate_within(problem, limits))
+        plan = planner.plan(allocate_within(problem, limits))
         yield ScoreRequest(plans=(plan,), stage="search, largest")
         best = ledger.judge(problem, plan, problem.fraction(plan.widths()), 1)
         bracket.high, bracket.excess_high = best.kept_fraction, _log_ratio(best.upper_bound or 0.0, ledger.max_drop)
@@ -382,7 +429,7 @@ def _by_accuracy(
             break
         inner = bracket.next_fractions(config)
         widths = [allocate_within(problem, {**limits, problem.objective: float(fraction)}) for fraction in inner]
-        plans = [plan_for_widths(paths, entry) for entry in widths]
+        plans = [planner.plan(entry) for entry in widths]
         yield ScoreRequest(plans=tuple(plans), stage=f"search, round {number}")
         judged = [
             ledger.judge(problem, plan, float(fraction), number) for plan, fraction in zip(plans, inner, strict=True)
