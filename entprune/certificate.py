@@ -84,6 +84,20 @@ def certify(
     )
 
 
+def answer_difference(expected: nn.Module, actual: nn.Module, images: Tensor) -> float:
+    """Largest difference of two networks' outputs in float64, relative to the largest value of the first's.
+
+    Args:
+        expected, actual: networks for the same images; neither is changed.
+        images: (n, C, H, W).
+    """
+    with torch.inference_mode():
+        networks = [copy.deepcopy(model).eval().double().cpu() for model in (expected, actual)]
+        answers = [_answers(network, images.double(), {}) for network in networks]
+    outputs = [{name: value for name, value in found.items() if name.startswith("output ")} for found in answers]
+    return max(_relative_difference(value, outputs[1][name]) for name, value in outputs[0].items())
+
+
 def _answers(model: nn.Module, batch: Tensor, selection: Mapping[str, LayerSelection]) -> dict[str, Tensor]:
     """Outputs of the network and of each dense layer, kept channels alone; of the last call if there are several."""
     found: dict[str, Tensor] = {}

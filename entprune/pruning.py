@@ -9,7 +9,7 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from entprune.allocation import Objective
 from entprune.artifact import ModelCard
 from entprune.assembly import RefitData, slice_network
 from entprune.candidates import CandidateJob, answers_only
-from entprune.certificate import Certificate, certify
+from entprune.certificate import Certificate, answer_difference, certify
 from entprune.checkpoints import load_plain_state
 from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.datasets.splits import ArraySplit
@@ -266,12 +266,19 @@ def build_smaller(network: Network, found: SearchResult) -> nn.Module:
 def certify_result(
     network: Network, smaller: nn.Module, plan: PruningPlan, images: ImageSet, config: PruneConfig
 ) -> Certificate:
-    """Certificate on calibration images; layers of low rank count as one, with the product of their two weights."""
-    smaller = merge_layers(copy.deepcopy(smaller), dict(plan.ranks))
+    """Certificate on calibration images.
+
+    Layers of low rank count as one, with the product of their two weights; both networks must answer alike then.
+    """
     _, height, width = network.input_shape
     count = max(2, min(_CERTIFICATE_IMAGES, _CERTIFICATE_PIXELS // (height * width)))
     batch = images.split.batch(images.indices[:count])
-    return certify(network.model, smaller, network.groups, plan, batch, tolerance=config.certificate_tolerance)
+    merged = merge_layers(copy.deepcopy(smaller), dict(plan.ranks)) if plan.ranks else smaller
+    certificate = certify(network.model, merged, network.groups, plan, batch, tolerance=config.certificate_tolerance)
+    if not plan.ranks:
+        return certificate
+    difference = max(certificate.max_abs_difference, answer_difference(merged, smaller, batch))
+    return replace(certificate, max_abs_difference=difference, passed=difference <= certificate.tolerance)
 
 
 def num_outputs(network: Network) -> int:
@@ -362,6 +369,7 @@ def build_report(
             for path in facts.paths.values()
         ],
         "other_layers": {name: cost[_OTHERS] for name, cost in costs.items()},
+        "low_rank": [{"layer": layer, "rank": rank} for layer, rank in plan.ranks],
         "unprunable": [{"layer": e.layer, "reason": e.reason} for e in facts.network.groups.unprunable],
         "candidates": _candidate_entries(found, dense),
         "rounds": [{**record.to_dict(), "chosen": record is facts.chosen_round} for record in facts.rounds],

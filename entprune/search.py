@@ -6,7 +6,7 @@ Selection uses validation images alone, paired with the dense network's answers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from entprune.errors import ConfigError
 from entprune.latency import KeptLatency, LatencyBudget, latency_budget, limit_macs
 from entprune.path import SparsityPath
 from entprune.plan import GroupPlan, PruningPlan
-from entprune.rank_choice import RankChoice, rank_choice
+from entprune.rank_choice import RankChoice, check_low_rank, rank_choice
 from entprune.runner import Runner
 from entprune.scoring import ScoreTask, score_all
 from entprune.selection import DenseReference, StopRule
@@ -177,16 +177,15 @@ def search_steps(
     limits, latency = budget.size_limits(), ledger.latency
     if ranks is not None:
         ranks = replace(ranks, objective=problem.objective)
-        if latency is not None or len(budget.to_dict()) > 1:
-            raise ConfigError(
-                "layers of low rank go with one budget, of accuracy, parameters or MACs, got "
-                f"{', '.join(budget.to_dict())}; give one, or leave the layers whole."
-            )
+        check_low_rank(budget)
     if latency is not None:
         limits = dict(limit_macs(problem, limits, lambda w: latency.kept(plan_for_widths(paths, w)), latency.limit))
     if budget.max_accuracy_drop is not None:
-        return _by_accuracy(problem, _Planner(problem, paths, ranks), ledger, config, limits)
-    return _by_size(problem, _Planner(problem, paths, ranks), ledger, limits)
+        if ranks is not None:
+            return _smaller_of_both(problem, paths, ranks, ledger, config)
+        return _by_accuracy(problem, _Planner(problem, paths), ledger, config, limits)
+    planners = [_Planner(problem, paths, ranks)] if ranks is not None else []
+    return _by_size(problem, [*planners, _Planner(problem, paths)], ledger, limits)
 
 
 def _objective(budget: Budget, config: PruneConfig) -> Objective:
@@ -360,7 +359,9 @@ class _Scorer:
 class _Planner:
     """Makes plans of widths, with ranks at the price that these widths were allocated at."""
 
-    def __init__(self, problem: AllocationProblem, paths: Mapping[str, SparsityPath], ranks: RankChoice | None) -> None:
+    def __init__(
+        self, problem: AllocationProblem, paths: Mapping[str, SparsityPath], ranks: RankChoice | None = None
+    ) -> None:
         self._problem, self._paths, self._ranks = problem, paths, ranks
 
     def plan(self, widths: Mapping[str, int]) -> PruningPlan:
@@ -377,30 +378,54 @@ class _Planner:
         saved = problem.cost.evaluate(widths, problem.objective) - problem.cost.evaluate(other, problem.objective)
         return max(0.0, (problem.loss(other) - problem.loss(widths)) / saved) if saved else 0.0
 
-    def largest(self, limit: float) -> PruningPlan:
-        """The plan of the largest widths whose layers, with their ranks, cost at most this fraction."""
-        problem = self._problem
+    def fitting(self, limits: Limits) -> PruningPlan:
+        """The plan within these limits; with ranks there is one, and layers are as wide as the ranks leave room for."""
+        plan, problem = self.plan(allocate_within(self._problem, limits)), self._problem
+        if not plan.ranks:
+            return plan
+        (limit,) = limits.values()
         dense = problem.cost.evaluate(problem.full(), problem.objective)
-        best, low, high = self.plan(allocate(problem, limit)), limit, 1.0
+        low, high = limit, 1.0
         for _ in range(_SIZE_BISECTIONS):
             middle = (low * high) ** 0.5
-            plan = self.plan(allocate(problem, middle))
-            if problem.cost.evaluate(plan.widths(), problem.objective, dict(plan.ranks)) <= limit * dense:
-                best, low = plan, middle
+            wider = self.plan(allocate(problem, middle))
+            if problem.cost.evaluate(wider.widths(), problem.objective, dict(wider.ranks)) <= limit * dense:
+                plan, low = wider, middle
             else:
                 high = middle
-        return best
+        return plan
 
 
-def _by_size(problem: AllocationProblem, planner: _Planner, ledger: Ledger, limits: Limits) -> SearchSteps:
-    """One allocation: the size is known without trying."""
-    plan = planner.plan(allocate_within(problem, limits))
-    if plan.ranks:
-        plan = planner.largest(limits[problem.objective])
-    yield ScoreRequest(plans=(plan,), stage="assemble")
-    fraction = limits.get(problem.objective, problem.fraction(plan.widths()))
-    candidate = ledger.judge(problem, plan, fraction, 1)
-    return ledger.finish(candidate, candidate.accepted)
+def _by_size(problem: AllocationProblem, planners: Sequence[_Planner], ledger: Ledger, limits: Limits) -> SearchSteps:
+    """One allocation, or one with ranks and one without: the size is known without trying, what it loses is not."""
+    plans = [planner.fitting(limits) for planner in planners]
+    yield ScoreRequest(plans=tuple(plans), stage="assemble")
+    judged = [
+        ledger.judge(problem, plan, limits.get(problem.objective, problem.fraction(plan.widths())), 1) for plan in plans
+    ]
+    chosen = min(judged, key=lambda candidate: candidate.accuracy_drop or 0.0)
+    return ledger.finish(chosen, chosen.accepted)
+
+
+def _smaller_of_both(
+    problem: AllocationProblem,
+    paths: Mapping[str, SparsityPath],
+    ranks: RankChoice,
+    ledger: Ledger,
+    config: PruneConfig,
+) -> SearchSteps:
+    """The smallest network with layers of low rank, unless one without them is within the budget at that size.
+
+    Then that one is made smaller still. Otherwise a single further network was tried.
+    """
+    found = yield from _by_accuracy(problem, _Planner(problem, paths, ranks), ledger, config, {})
+    chosen = found.chosen.plan
+    kept = problem.cost.evaluate(chosen.widths(), problem.objective, dict(chosen.ranks))
+    kept /= problem.cost.evaluate(problem.full(), problem.objective)
+    if not found.budget_met or kept <= problem.fraction(problem.smallest()):
+        return found
+    rival = yield from _by_accuracy(problem, _Planner(problem, paths), ledger, config, {problem.objective: kept})
+    return rival if rival.budget_met else replace(found, candidates=rival.candidates)
 
 
 def _by_accuracy(

@@ -191,6 +191,9 @@ def prune(
     register: Annotated[str | None, typer.Option(metavar="NAME", help="Register the result in MLflow.")] = None,
     seed: SeedOption = 0,
     keep: KeepOption = None,
+    low_rank: Annotated[
+        bool, typer.Option("--low-rank", help="Also make two thin layers of each with correlated outputs.")
+    ] = False,
     round_to: Annotated[
         int, typer.Option(metavar="N", help="Widths of layers are multiples of N; 8 suits most hardware.")
     ] = 1,
@@ -217,8 +220,9 @@ def prune(
         "finetune_distillation_weight": distillation_weight, "rounds": rounds,
         "calibration_samples": calibration_samples, "validation_samples": validation_samples, "workers": workers,
         "gpus_per_worker": gpus_per_worker, "memory_per_worker": memory_per_worker, "ray_address": ray_address,
-        "device": device, "register": register, "seed": seed, "keep": tuple(keep or ()), "round_to": round_to,
-        "minimum_channels": min_channels, "minimum_fraction": min_fraction, "output": output, "cache_dir": cache_dir,
+        "device": device, "register": register, "seed": seed, "keep": tuple(keep or ()), "low_rank": low_rank,
+        "round_to": round_to, "minimum_channels": min_channels, "minimum_fraction": min_fraction, "output": output,
+        "cache_dir": cache_dir,
     }  # fmt: skip
     return _prune({name: value for name, value in options.items() if value is not None}, is_verbose=verbose)
 

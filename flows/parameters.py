@@ -13,12 +13,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from entprune import Budget, PruneConfig
 from entprune.errors import ConfigError
 from entprune.finetune import FinetuneConfig
+from entprune.rank_choice import check_low_rank
 
 _DEFAULTS = PruneConfig()
 _FINETUNING = FinetuneConfig()
 _REGISTRY_NAME = re.compile(r"\w([\w .+()-]*[\w+()-])?")  # also a part of paths, addresses and filter expressions
 _OWN_FIELDS = (
-    "calibration_samples", "validation_samples", "device", "seed", "keep", "round_to", "minimum_channels",
+    "calibration_samples", "validation_samples", "device", "seed", "keep", "low_rank", "round_to", "minimum_channels",
     "minimum_fraction",
 )  # fmt: skip
 
@@ -108,6 +109,8 @@ with warnings.catch_warnings():
         """Seed of every random choice."""
         keep: tuple[str, ...] = ()
         """Shell patterns of layers that must not change."""
+        low_rank: bool = _DEFAULTS.low_rank
+        """Whether layers whose outputs are correlated become two thin ones."""
         round_to: int = Field(default=_DEFAULTS.round_to, ge=1)
         """Widths of layers are multiples of this; 8 suits most hardware."""
         minimum_channels: int = Field(default=_DEFAULTS.minimum_channels, ge=1)
@@ -140,6 +143,13 @@ with warnings.catch_warnings():
             self.budget()
             self.config()
             self.finetuning()
+            if self.low_rank and self.rounds > 1:
+                raise ConfigError(
+                    "--low-rank makes two layers of one, which can be pruned once: expected --rounds 1, "
+                    f"got {self.rounds}."
+                )
+            if self.low_rank:
+                check_low_rank(self.budget())
             if self.rounds > 1 and not self.finetune_epochs:
                 raise ConfigError(
                     f"--rounds {self.rounds} needs tuning between the rounds, got --finetune-epochs 0; give at least 1."

@@ -24,8 +24,8 @@ _DEFAULTS = PruneConfig()
 BUDGET_FIELDS = ("max_accuracy_drop", "parameters_removed", "macs_removed", "latency_removed")
 PATH_FIELDS = tuple(PathSetting.__dataclass_fields__)
 _RUN_FIELDS = (
-    "checkpoint", "calibration_samples", "validation_samples", "seed", "keep", "round_to", "minimum_channels",
-    "minimum_fraction",
+    "checkpoint", "calibration_samples", "validation_samples", "seed", "keep", "low_rank", "round_to",
+    "minimum_channels", "minimum_fraction",
 )  # fmt: skip
 _CONFIG_FIELDS = (
     "loss_exponent", "objective", "relative_ridge", "reestimate_batchnorm", "rectified_steps", "output_temperature",

@@ -54,6 +54,8 @@ def result_table(report: Mapping[str, Any]) -> Table:
     }
     for title, cell in rows.items():
         table.add_row(title, *(cell(figures) for _, figures in columns))
+    if thin := report.get("low_rank"):
+        table.add_row("layers of low rank", _MISSING, *[str(len(thin))] * (len(columns) - 1))
     table.add_row("certificate", _MISSING, *[certificate_text(report["certificate"])] * (len(columns) > 1))
     return table
 

@@ -14,6 +14,7 @@ from entprune.candidates import CandidateJob, CandidateScore, score_candidate
 from entprune.config import Budget, PruneConfig
 from entprune.evaluation import measure_latency
 from entprune.groups import ChannelGroup
+from entprune.low_rank import split_layers
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope
 from entprune.plan import PruningPlan
 from entprune.race import Entrant, Finish, race
@@ -280,15 +281,16 @@ def _score_again(entrant: Entrant, plan: PruningPlan, engine: Engine) -> Candida
 def measure_latencies(
     works: Sequence[Workload], engine: Engine, plans: Sequence[PruningPlan]
 ) -> list[dict[str, float]]:
-    """Milliseconds of each setting's network; widths alone matter, so equal ones are measured once."""
-    found: dict[tuple[str, tuple[int, ...]], dict[str, float]] = {}
+    """Milliseconds of each setting's network; widths and ranks alone matter, so equal ones are measured once."""
+    found: dict[tuple[str, tuple[int, ...], tuple[tuple[str, int], ...]], dict[str, float]] = {}
     latencies = []
     with engine.clock.stage("time"):
         engine.runner.settle()
         for work, plan in zip(works, plans, strict=True):
-            name = (work.keys.network, tuple(plan.widths().values()))
+            name = (work.keys.network, tuple(plan.widths().values()), plan.ranks)
             if name not in found:
                 smaller = slice_network(work.network.model, work.network.groups, plan)
+                split_layers(smaller, dict(plan.ranks))
                 with torch_threads(work.config.threads):
                     found[name] = measure_latency(smaller, work.network.input_shape, repeats=LATENCY_REPEATS)
             latencies.append(found[name])

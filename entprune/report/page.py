@@ -80,6 +80,7 @@ def render_page(report: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         _network(report),
         _candidates(report["candidates"], candidates),
         _inside(report["groups"], probabilities, plots),
+        _low_rank(report.get("low_rank") or ()),
         _unprunable(report["unprunable"]),
         _background(report),
     )
@@ -269,6 +270,13 @@ def _curve(number: int, name: str, svg: str) -> str:
         f"<figure class='card' data-plot='error-{number:03d}' data-group='{number}'><h3>{heading}</h3>{drawing}"
         f"<figcaption>{_ERROR_CAPTION}</figcaption></figure>"
     )
+
+
+def _low_rank(entries: Sequence[Mapping[str, Any]]) -> str:
+    if not entries:
+        return ""
+    listed = table(["layer", "rank"], [[entry["layer"], f"{entry['rank']}"] for entry in entries], kinds="cn")
+    return section("Layers that became two thin ones", f"<div class='card'>{listed}</div>")
 
 
 def _unprunable(entries: Sequence[Mapping[str, Any]]) -> str:
