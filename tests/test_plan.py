@@ -84,9 +84,9 @@ def test_impossible_kept_channels_are_explained(kept: tuple[int, ...], message: 
         GroupPlan(name="conv1", num_channels=4, kept_channels=kept)
 
 
-@pytest.mark.parametrize("version", [None, 0, "1"])
+@pytest.mark.parametrize("version", [None, 0, 3, "1"])
 def test_unknown_version_is_explained(version: Any) -> None:
-    with pytest.raises(ConfigError, match="expected plan_version 1, got"):
+    with pytest.raises(ConfigError, match="expected plan_version 1 or 2, got"):
         PruningPlan.from_dict({"plan_version": version, "groups": []})
 
 

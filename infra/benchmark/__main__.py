@@ -33,21 +33,22 @@ from infra.benchmark.running import run_part
 from infra.benchmark.selectors import METHODS
 
 PARTS: dict[str, Part] = {
-    module.PART.name: module.PART
-    for module in (
-        selection,
-        budgets,
-        estimates,
-        dense,
-        tuned,
-        recovery,
-        epoch,
-        scaling,
-        latency,
-        sweep_cost,
-        ablation,
-        actors,
-        engine,
+    part.name: part
+    for part in (
+        selection.PART,
+        budgets.PART,
+        budgets.LOW_RANK_PART,
+        estimates.PART,
+        dense.PART,
+        tuned.PART,
+        recovery.PART,
+        epoch.PART,
+        scaling.PART,
+        latency.PART,
+        sweep_cost.PART,
+        ablation.PART,
+        actors.PART,
+        engine.PART,
     )
 }
 

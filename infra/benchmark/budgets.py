@@ -1,9 +1,13 @@
-"""Part `budgets`: whole runs of this project by accuracy budget, in process, with time per stage."""
+"""Whole runs of this project by accuracy budget, in process, with time per stage.
+
+Part `budgets` by channels alone, part `low_rank` with layers of low rank as well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from infra.benchmark.parts import Key, Part, Request
 from infra.benchmark.records import Record, Subject
 
 POINTS = (0.5, 0.1)
+LOW_RANK = "low_rank"
 _FIGURES = (
     "accuracy", "accuracy_drop", "accuracy_drop_interval", "parameters", "parameters_removed", "macs", "macs_removed",
     "latency_ms",
@@ -72,8 +77,9 @@ class BudgetMeter:
         """Hashes of the inputs."""
         return self._bench.facts
 
-    def measure(self, subject: Subject, key: Key) -> Mapping[str, Any]:  # noqa: ARG002 -- one signature for all parts
+    def measure(self, subject: Subject, key: Key) -> Mapping[str, Any]:
         """Figures of the report that comparisons need; kept channels stay out."""
+        self._bench.config = replace(self._bench.config, low_rank=subject.part == LOW_RANK)
         report = prune_within(self._bench, key["max_accuracy_drop"]).report
         return {
             "dense": report["dense"],
@@ -82,11 +88,12 @@ class BudgetMeter:
             "certificate": report["certificate"],
             "timings_seconds": report["timings_seconds"],
             "candidates": report["candidates"],
+            **({"ranks": report["low_rank"]} if report["low_rank"] else {}),
             "threads": self._bench.config.threads,
         }
 
 
-def cells(request: Request) -> list[tuple[Subject, Key]]:
+def cells(request: Request, part: str = "budgets") -> list[tuple[Subject, Key]]:
     """One cell for each budget.
 
     Raises:
@@ -95,7 +102,7 @@ def cells(request: Request) -> list[tuple[Subject, Key]]:
     labels = {f"max_accuracy_drop-{points:g}": points for points in POINTS}
     if request.budget not in {"", *labels}:
         raise ConfigError(f"budget: expected one of {', '.join(labels)}, got {request.budget!r}.")
-    subject = Subject(part="budgets", network=request.network, seed=request.seed)
+    subject = Subject(part=part, network=request.network, seed=request.seed)
     wanted = (points for label, points in labels.items() if request.budget in {"", label})
     return [(subject, {"max_accuracy_drop": points}) for points in wanted]
 
@@ -104,3 +111,4 @@ PART = Part(
     name="budgets", networks=(*NETWORKS, *LONG_TRAINED), threads=2, cells=cells, meter=BudgetMeter,
     headline=("timings_seconds",),
 )  # fmt: skip
+LOW_RANK_PART = replace(PART, name=LOW_RANK, networks=tuple(NETWORKS), cells=partial(cells, part=LOW_RANK))

@@ -25,6 +25,7 @@ ABLATION_MARKERS = ("<!-- ablation:begin -->", "<!-- ablation:end -->")
 _MISSING = "Not measured yet."
 _SECTIONS: tuple[tuple[str, str, Callable[[tables.Records], list[str]]], ...] = (
     ("budgets", "Whole runs by accuracy budget", tables.budgets_section),
+    ("low_rank", "Whole runs by accuracy budget, with layers of low rank", tables.budgets_section),
     ("estimates", "What training images say about new ones", tables.estimates_section),
     ("dense", "Longer training of the unpruned networks", tuned_tables.dense_section),
     ("tuned", "Before and after fine-tuning", tuned_tables.tuned_section),
