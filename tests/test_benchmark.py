@@ -36,7 +36,7 @@ from infra.benchmark import (
     tuned,
 )
 from infra.benchmark.__main__ import choose, main
-from infra.benchmark.networks import Folders
+from infra.benchmark.networks import Bench, Folders
 from infra.benchmark.outcomes import unpack_outcomes
 from infra.benchmark.parts import Request
 from infra.benchmark.records import Record, Subject, all_records
@@ -107,6 +107,7 @@ def measured(request_chain: TinyRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("results")
     meters = {
         "budgets": (budgets.BudgetMeter(request_chain), {"max_accuracy_drop": 30.0}),
+        "low_rank": (budgets.BudgetMeter(request_chain), {"max_accuracy_drop": 30.0}),
         "epoch": (epoch.EpochMeter(request_chain), {"max_accuracy_drop": 30.0}),
         "latency": (latency.LatencyMeter(request_chain), {"budget": "parameters_removed-0.8"}),
         "sweep": (sweep_cost.SweepMeter(request_chain), {"settings": "12 entropy weights"}),
@@ -118,6 +119,21 @@ def measured(request_chain: TinyRequest, tmp_path_factory: pytest.TempPathFactor
             values = meter.measure(Subject(part=part, network="chain", seed=0), key)
         measure_to(folder, part, "chain", [(key, dict(values))])
     return folder
+
+
+@pytest.mark.parametrize(("part", "asks"), [("budgets", False), ("low_rank", True)])
+def test_low_rank_is_asked_for_in_its_part_alone(
+    request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch, part: str, asks: bool
+) -> None:
+    def stop(bench: Bench, points: float) -> None:
+        raise InterruptedError(bench.config.low_rank, points)
+
+    monkeypatch.setattr(budgets, "prune_within", stop)
+    with pytest.raises(InterruptedError) as stopped:
+        budgets.BudgetMeter(request_chain).measure(
+            Subject(part=part, network="chain", seed=0), {"max_accuracy_drop": 0.1}
+        )
+    assert stopped.value.args == (asks, 0.1)
 
 
 def test_parts_measure_what_they_say(measured: Path) -> None:
@@ -367,6 +383,7 @@ def test_all_parts_are_reached() -> None:
     assert {part.name for part, _ in choose("all", "all")} == {
         "selection",
         "budgets",
+        "low_rank",
         "estimates",
         "tuned",
         "recovery",
