@@ -24,6 +24,7 @@ from entprune.datasets.perturbed import PerturbedSplit
 from entprune.errors import CertificateError, CheckpointError, EngineError, EntpruneError, OutputError
 from entprune.evaluation import predict_logits
 from entprune.finetune import FinetuneConfig, finetune
+from entprune.low_rank import merge_layers, split_layers
 from entprune.models import build_model
 from entprune.runner import InProcessRunner
 from entprune.training import TrainConfig, train
@@ -335,6 +336,33 @@ def test_fine_tuned_network_is_measured_beside_the_one_shot_one(
     start = entprune.load(ground.folder / "first" / "model")
     from_all = finetune(start, ground.model.eval(), ground.data.train, FinetuneConfig(epochs=1)).state_dict()
     assert all(torch.allclose(saved[name], from_all[name], rtol=1e-2, atol=1e-3) for name in saved)
+
+
+def test_layers_of_low_rank_go_through_the_whole_run(ground: Ground, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ranks = {"conv2": 12, "fc1": 6}  # which the search has to find
+    dense = split_layers(build_model("digits_cnn", num_classes=10, input_shape=ground.data.input_shape), ranks)
+    save_state(merge_layers(train(dense, ground.data, TrainConfig(epochs=4)).model, ranks), tmp_path / "thin.pt")
+    asked = {"max_accuracy_drop": None, "parameters_removed": 0.95, "low_rank": True, "finetune_epochs": 1}
+    parameters = ground.parameters("thin", checkpoint=tmp_path / "thin.pt", register="digits-thin", **asked)
+    report, _ = run(parameters)
+    assert report["low_rank"]
+    assert report["certificate"]["passed"]
+    model = entprune.load(ground.folder / "thin" / "model")
+    for entry in report["low_rank"]:
+        assert len(model.get_parameter(f"{entry['layer']}.reduce.weight")) == entry["rank"]
+    assert sum(value.numel() for value in model.parameters()) == report["fine_tuned"]["parameters"]
+    images = ground.data.test.batch(np.arange(len(ground.data.test)))
+    registered, _ = load_registered("models:/digits-thin@challenger")
+    with torch.inference_mode():
+        torch.testing.assert_close(registered(images), model(images), rtol=1e-3, atol=1e-3)
+        correct = (model(images).argmax(1).numpy() == ground.data.test.labels).mean()
+    assert report["fine_tuned"]["accuracy"] == pytest.approx(100 * correct, abs=1e-3)
+    page = (ground.folder / "thin" / "report.html").read_text(encoding="utf-8")
+    assert "Layers that became two thin ones" in page
+    again, recorder = run(parameters.model_copy(update={"output": ground.folder / "thin-again", "register": None}))
+    assert recorder.units == []
+    assert again["plan"] == report["plan"]
 
 
 def test_rounds_prune_and_tune_in_turns_and_are_resumed(ground: Ground) -> None:

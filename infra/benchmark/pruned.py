@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ def pruned_network(bench: Bench, budget: Budget, folder: Path | None) -> PrunedN
     Raises:
         ConfigError: what is there was made from another checkpoint or other images.
     """
-    place = None if folder is None else folder / f"{bench.entry.name}-{budget_label(budget)}-seed{bench.config.seed}"
+    kind = "-low_rank" if bench.config.low_rank else ""
+    name = f"{bench.entry.name}-{budget_label(budget)}{kind}-seed{bench.config.seed}"
+    place = None if folder is None else folder / name
     if place is not None and place.exists():
         return _read(place, bench)
     start = time.perf_counter()
@@ -98,6 +100,7 @@ def main() -> int:
         for recipe in RECIPES[options.network]:
             if options.budget not in {"", budget_label(recipe.budget)}:
                 continue
+            bench.config = replace(config, low_rank=recipe.low_rank)
             pruned = pruned_network(bench, recipe.first_budget(), options.pruned)
             print(f"{options.network} {budget_label(recipe.budget)} seed {options.seed}: {pruned.seconds:.0f} s")
     except EntpruneError as error:

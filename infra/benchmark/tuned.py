@@ -41,11 +41,13 @@ class Recipe:
         budget: a size, so that nothing is searched.
         tuning: of each round; its seed is the request's.
         rounds: of pruning and tuning in turns.
+        low_rank: whether layers whose outputs are correlated become two.
     """
 
     budget: Budget
     tuning: FinetuneConfig
     rounds: int = 1
+    low_rank: bool = False
 
     def first_budget(self) -> Budget:
         """What the first round is asked."""
@@ -54,7 +56,8 @@ class Recipe:
     def key(self) -> Key:
         """What tells its cell from others."""
         rounds = {"rounds": self.rounds} if self.rounds > 1 else {}
-        return {"budget": budget_label(self.budget), **tuning_key(self.tuning), **rounds, "images": "all"}
+        low_rank = {"low_rank": True} if self.low_rank else {}
+        return {"budget": budget_label(self.budget), **tuning_key(self.tuning), **rounds, **low_rank, "images": "all"}
 
 
 def tuning_key(tuning: FinetuneConfig) -> Key:
@@ -73,7 +76,10 @@ _LABELS_ALONE = {"learning_rate": 0.05, "distillation_weight": 0.0, "clip_norm":
 _LONG = FinetuneConfig(epochs=45, batch_size=256, learning_rate=0.1, distillation_weight=0.5, clip_norm=None)
 _AFTER_LONG_TRAINING = FinetuneConfig(epochs=40, learning_rate=0.1, clip_norm=None)
 RECIPES: dict[str, tuple[Recipe, ...]] = {
-    "lenet": (Recipe(budget=Budget(parameters_removed=0.9745), tuning=_LENET, rounds=3),),
+    "lenet": (
+        Recipe(budget=Budget(parameters_removed=0.9745), tuning=_LENET, rounds=3),
+        Recipe(budget=Budget(parameters_removed=0.9745), tuning=FinetuneConfig(epochs=15), low_rank=True),
+    ),
     "vgg16_cifar": (Recipe(budget=Budget(parameters_removed=0.95), tuning=FinetuneConfig(epochs=14, **_LABELS_ALONE)),),
     "resnet18_cifar": (
         Recipe(budget=Budget(parameters_removed=0.92), tuning=FinetuneConfig(epochs=8, **_LABELS_ALONE)),
@@ -128,6 +134,7 @@ class TunedMeter:
         """Accuracy of the unpruned network, of the pruned one, and of that after tuning."""
         bench = self._bench
         recipe = next(recipe for recipe in self._recipes if recipe.key() == key)
+        bench.config = replace(bench.config, low_rank=recipe.low_rank)
         pruned = pruned_network(bench, recipe.first_budget(), self._folder)
         turns = self._take_turns(pruned, recipe)
         figures = {
@@ -201,13 +208,14 @@ def cells(request: Request) -> list[tuple[Subject, Key]]:
     Raises:
         ConfigError: there is no such budget.
     """
-    keys = {recipe.key()["budget"]: recipe.key() for recipe in RECIPES[request.network]}
-    if request.budget not in {"", *keys}:
-        raise ConfigError(f"budget: expected one of {', '.join(keys)}, got {request.budget!r}.")
+    keys = [recipe.key() for recipe in RECIPES[request.network]]
+    budgets = {key["budget"]: None for key in keys}  # in their order, each once
+    if request.budget not in {"", *budgets}:
+        raise ConfigError(f"budget: expected one of {', '.join(budgets)}, got {request.budget!r}.")
     return [
-        (Subject(part="tuned", network=request.network, seed=request.seed, budget=budget), key)
-        for budget, key in keys.items()
-        if request.budget in {"", budget}
+        (Subject(part="tuned", network=request.network, seed=request.seed, budget=key["budget"]), key)
+        for key in keys
+        if request.budget in {"", key["budget"]}
     ]
 
 

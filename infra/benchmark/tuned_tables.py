@@ -33,15 +33,24 @@ def tuned_section(records: Records) -> list[str]:
     runs: dict[tuple[Any, ...], list[tuple[int, Mapping[str, Any]]]] = {}
     for record in records:
         for cell in record["cells"]:
-            key = {"rounds": 1, "images": _BEFORE_ALL, "clip_norm": 0.0, **cell["key"]}
-            names = ("budget", "epochs", "learning_rate", "distillation_weight", "clip_norm", "images", "rounds")
+            key = {"rounds": 1, "low_rank": False, "images": _BEFORE_ALL, "clip_norm": 0.0, **cell["key"]}
+            names = (
+                "budget",
+                "low_rank",
+                "epochs",
+                "learning_rate",
+                "distillation_weight",
+                "clip_norm",
+                "images",
+                "rounds",
+            )
             place = (record["network"], *(key[name] for name in names))
             values = {**cell["values"], "machine": _machine(record, cell)}
             runs.setdefault(place, []).append((record["seed"], values))
     rows = []
-    for (network, budget, *recipe), found in sorted(runs.items()):
+    for (network, budget, low_rank, *recipe), found in sorted(runs.items()):
         found.sort(key=lambda run: run[0])
-        title = f"{network}, {budget_name(budget)}"
+        title = f"{network}, {budget_name(budget)}{', low rank' * low_rank}"
         rows += [[title, *_row(seed, values, recipe)] for seed, values in found]
         if len(found) > 1:
             rows.append([title, *_median_row([values for _, values in found])])
