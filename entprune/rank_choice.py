@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from entprune.allocation import LayerCost, Objective
 from entprune.calibration import Statistics
@@ -108,7 +107,7 @@ def rank_choice(job: CandidateJob, config: PruneConfig) -> RankChoice | None:
 
 
 def _covariance(network: Network, layer: str, statistics: Statistics) -> np.ndarray:
-    outputs = torch.from_numpy(statistics[layer].outputs)
+    outputs = statistics[layer].outputs.astype(np.float64)  # the choice must not depend on the number of threads
     centred = outputs - outputs.mean(0)
     gain = output_gain(network, layer).astype(np.float64)
-    return np.asarray((centred.T @ centred).double().numpy() / len(outputs) * np.outer(gain, gain))
+    return np.asarray(centred.T @ centred / len(outputs) * np.outer(gain, gain))
