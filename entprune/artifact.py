@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from entprune.checkpoints import load_plain_state, save_state, sha256_file
 from entprune.errors import ArtifactError, CheckpointError, ConfigError, EntpruneError
 from entprune.layers import is_dense, layer_sizes, output_width, resize
-from entprune.low_rank import empty_pair
+from entprune.low_rank import new_pair
 from entprune.models import MODEL_NAMES, build_model
 from entprune.plan import PruningPlan
 from entprune.storage import atomic_write_text, staging_directory
@@ -252,7 +252,7 @@ def _split(directory: Path, network: nn.Module, ranks: Any) -> None:
             raise _misfit(directory, f"'{name}', which is recorded as one of rank {rank}, is no dense layer")
         if not isinstance(rank, int) or not 1 <= rank <= output_width(layer):
             raise _misfit(directory, f"layer '{name}' has rank {rank!r}, expected 1 to {output_width(layer)}")
-        empty_pair(network, name, rank)
+        new_pair(network, name, rank)
 
 
 def _narrow(directory: Path, network: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -292,8 +292,8 @@ class _RefitWalk:
             rows, logits = (torch.cat(part) for part in list(zip(*(held or read()), strict=True))[:2])
             weight, bias = fit_probabilities(rows, logits, weight, bias, self._config.output_temperature)
         if name in self._ranks:
-            gain = self._gain(name)[kept].to(self._device)
-            weight, bias = reduce_rank(weight, bias, (part[0] for part in held or read()), gain, self._ranks[name])
+            gain, parts = self._gain(name)[kept].to(self._device), (part[0] for part in held or read())
+            weight, bias = reduce_rank(weight, bias, parts, gain, self._ranks[name], intercept=intercept)
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(bias)

@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from entprune.errors import ModelError
 
 _GAIN_FLOOR = 1e-3  # of the largest gain
+_RANK_TOLERANCE = 1e-4  # of all singular values: rounding leaves a little in the trailing ones
 
 
-def reduce_rank(weight: Tensor, bias: Tensor, rows: Iterable[Tensor], gain: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def reduce_rank(
+    weight: Tensor, bias: Tensor, rows: Iterable[Tensor], gain: Tensor, rank: int, *, intercept: bool = True
+) -> tuple[Tensor, Tensor]:
     """Best weights of a rank for the predictions of a fit, and the intercept that keeps their mean.
 
     Args:
@@ -32,6 +35,7 @@ def reduce_rank(weight: Tensor, bias: Tensor, rows: Iterable[Tensor], gain: Tens
         rows: parts (t, d) of what the layer reads.
         gain: (m,) with which each output counts, not negative.
         rank: 1 to m.
+        intercept: whether the layer, or what follows it, can shift its outputs; otherwise their mean counts, too.
 
     Returns:
         (m, d) weight of that rank and (m,) bias, float32.
@@ -43,7 +47,7 @@ def reduce_rank(weight: Tensor, bias: Tensor, rows: Iterable[Tensor], gain: Tens
         count += len(part)
         total += predicted.sum(0, dtype=torch.float64)
         square += (predicted.T @ predicted).double()
-    mean = total / count
+    mean = total / count if intercept else torch.zeros_like(total)
     scale = gain.double().clamp_min(_GAIN_FLOOR * float(gain.max()))
     covariance = (square / count - torch.outer(mean, mean)) * torch.outer(scale, scale)
     leading = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]
@@ -56,11 +60,13 @@ def split_layer(layer: nn.Module, rank: int) -> nn.Sequential:
     """Two layers, features to rank and rank to outputs, that answer like one whose weights have that rank.
 
     Raises:
-        ModelError: it is neither a linear layer nor a convolution in one group.
+        ModelError: it is neither a linear layer nor a convolution in one group, or its weights are not of that rank.
     """
     first, second = _make_pair(layer, rank)
     weight = layer.get_parameter("weight").detach()
     left, sizes, right = torch.linalg.svd(weight.flatten(1).double(), full_matrices=False)
+    if float(sizes[rank:].sum()) > _RANK_TOLERANCE * float(sizes.sum()):
+        raise ModelError(f"expected weights of rank {rank}, got others; assemble the network with that rank.")
     root = sizes[:rank].sqrt()
     with torch.no_grad():
         first.weight.copy_((root[:, None] * right[:rank]).reshape(first.weight.shape))
@@ -70,8 +76,12 @@ def split_layer(layer: nn.Module, rank: int) -> nn.Sequential:
     return _joined(first, second).train(layer.training)
 
 
-def empty_pair(model: nn.Module, name: str, rank: int) -> None:
-    """Put two layers without values in the place of one, in the network itself; errors as for :func:`split_layer`."""
+def new_pair(model: nn.Module, name: str, rank: int) -> None:
+    """Put two new layers in the place of one, in the network itself.
+
+    Raises:
+        ModelError: it is neither a linear layer nor a convolution in one group.
+    """
     _replace(model, name, _joined(*_make_pair(model.get_submodule(name), rank)))
 
 

@@ -14,7 +14,7 @@ from entprune.candidates import CandidateJob, CandidateScore, score_candidate
 from entprune.config import Budget, PruneConfig
 from entprune.evaluation import measure_latency
 from entprune.groups import ChannelGroup
-from entprune.low_rank import split_layers
+from entprune.low_rank import new_pair
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope
 from entprune.plan import PruningPlan
 from entprune.race import Entrant, Finish, race
@@ -290,7 +290,8 @@ def measure_latencies(
             name = (work.keys.network, tuple(plan.widths().values()), plan.ranks)
             if name not in found:
                 smaller = slice_network(work.network.model, work.network.groups, plan)
-                split_layers(smaller, dict(plan.ranks))
+                for layer, rank in plan.ranks:
+                    new_pair(smaller, layer, rank)
                 with torch_threads(work.config.threads):
                     found[name] = measure_latency(smaller, work.network.input_shape, repeats=LATENCY_REPEATS)
             latencies.append(found[name])

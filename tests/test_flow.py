@@ -24,7 +24,7 @@ from entprune.datasets.perturbed import PerturbedSplit
 from entprune.errors import CertificateError, CheckpointError, EngineError, EntpruneError, OutputError
 from entprune.evaluation import predict_logits
 from entprune.finetune import FinetuneConfig, finetune
-from entprune.low_rank import merge_layers, split_layers
+from entprune.low_rank import merge_layers, new_pair
 from entprune.models import build_model
 from entprune.runner import InProcessRunner
 from entprune.training import TrainConfig, train
@@ -341,7 +341,9 @@ def test_fine_tuned_network_is_measured_beside_the_one_shot_one(
 def test_layers_of_low_rank_go_through_the_whole_run(ground: Ground, tmp_path: Path) -> None:
     torch.manual_seed(0)
     ranks = {"conv2": 12, "fc1": 6}  # which the search has to find
-    dense = split_layers(build_model("digits_cnn", num_classes=10, input_shape=ground.data.input_shape), ranks)
+    dense = build_model("digits_cnn", num_classes=10, input_shape=ground.data.input_shape)
+    for name, rank in ranks.items():
+        new_pair(dense, name, rank)
     save_state(merge_layers(train(dense, ground.data, TrainConfig(epochs=4)).model, ranks), tmp_path / "thin.pt")
     asked = {"max_accuracy_drop": None, "parameters_removed": 0.95, "low_rank": True, "finetune_epochs": 1}
     parameters = ground.parameters("thin", checkpoint=tmp_path / "thin.pt", register="digits-thin", **asked)

@@ -18,7 +18,7 @@ from entprune.artifact import ModelCard, load_model, save_model
 from entprune.datasets import load_data
 from entprune.errors import ArtifactError, ConfigError, ModelError
 from entprune.evaluation import count_macs, count_parameters
-from entprune.low_rank import merge_layers, reduce_rank, split_layer, split_layers
+from entprune.low_rank import merge_layers, new_pair, reduce_rank, split_layer, split_layers
 from entprune.models import build_model
 from entprune.plan import GroupPlan, PruningPlan, compose_plans
 from entprune.pruning import certify_result
@@ -107,6 +107,22 @@ def test_two_layers_answer_like_one_of_their_rank_and_become_it_again(name: str)
 def test_grouped_convolutions_are_not_split() -> None:
     with pytest.raises(ModelError, match="convolution in one group, got Conv2d"):
         split_layer(nn.Conv2d(4, 4, 3, groups=4), 1)
+
+
+def test_weights_of_a_higher_rank_are_not_cut_short() -> None:
+    with pytest.raises(ModelError, match="expected weights of rank 2, got others"):
+        split_layer(nn.Linear(7, 5), 2)
+
+
+def test_without_an_intercept_the_mean_counts() -> None:
+    rows, weight, _ = regression()
+    none, gain = torch.zeros(9), torch.ones(9)
+    answers = rows @ weight.T
+    found = {
+        flag: error(rows, reduce_rank(weight, none, [rows], gain, 2, intercept=flag)[0], none, answers, gain)
+        for flag in (True, False)
+    }
+    assert found[False] < 0.8 * found[True]
 
 
 def test_missed_variance_is_what_the_leading_directions_leave() -> None:
@@ -206,7 +222,9 @@ def trained() -> nn.Module:
     """A network on the digits whose two widest layers have ranks 12 and 6, as one finds them, but exactly."""
     torch.manual_seed(0)
     data, ranks = load_data("digits"), {"conv2": 12, "fc1": 6}
-    model = split_layers(build_model("digits_cnn", num_classes=10, input_shape=data.input_shape), ranks)
+    model = build_model("digits_cnn", num_classes=10, input_shape=data.input_shape)
+    for name, rank in ranks.items():
+        new_pair(model, name, rank)
     return merge_layers(train(model, data, TrainConfig(epochs=8)).model, ranks)
 
 
@@ -225,7 +243,7 @@ def test_a_size_budget_is_met_with_ranks_counted(trained: nn.Module, budget: dic
     (kind, asked), figures = next(iter(budget.items())), result.report["one_shot"]
     assert result.plan.ranks
     assert result.report["low_rank"] == [{"layer": name, "rank": rank} for name, rank in result.plan.ranks]
-    assert asked <= figures[kind] < asked + 0.03
+    assert asked <= figures[kind] < asked + 0.06  # ranks come in steps
     candidate = next(entry for entry in result.report["candidates"] if entry["chosen"])
     assert candidate["parameters"] == figures["parameters"] == count_parameters(result.model)
     assert candidate["macs"] == figures["macs"] == count_macs(result.model, (1, 8, 8))
@@ -305,7 +323,8 @@ def test_plans_with_ranks_are_not_put_together() -> None:
 def test_contradictory_ranks_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Any, problem: str
 ) -> None:
-    network = split_layers(build_model("lenet", num_classes=10, input_shape=(1, 28, 28)), {"fc1": 5})
+    network = build_model("lenet", num_classes=10, input_shape=(1, 28, 28))
+    new_pair(network, "fc1", 5)
     card = ModelCard(model_spec="lenet", num_classes=10, input_shape=(1, 28, 28), mean=(), std=(), class_names=())
     save_model(network, replace(PLAN, ranks=(("fc1", 5),)), card, tmp_path / "kept")
     assert count_parameters(load_model(tmp_path / "kept")) == count_parameters(network)
