@@ -39,7 +39,7 @@ from entprune.plan import PruningPlan, select_layers
 from entprune.rectifiers import CutOff, cut_off, find_rectifiers
 from entprune.refit import make_fit
 from entprune.repeated import refit_repeated
-from entprune.residuals import Residual, find_norms, inverse_gain, norm_gain
+from entprune.residuals import Residual, find_norms, inverse_gain, output_gain
 from entprune.tracing import called_modules, trace
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -292,18 +292,13 @@ class _RefitWalk:
             rows, logits = (torch.cat(part) for part in list(zip(*(held or read()), strict=True))[:2])
             weight, bias = fit_probabilities(rows, logits, weight, bias, self._config.output_temperature)
         if name in self._ranks:
-            gain, parts = self._gain(name)[kept].to(self._device), (part[0] for part in held or read())
+            gain = output_gain(self._dense, name, self._norms.get(name))[kept].to(self._device)
+            parts = (part[0] for part in held or read())
             weight, bias = reduce_rank(weight, bias, parts, gain, self._ranks[name], intercept=intercept)
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(bias)
         return bias
-
-    def _gain(self, name: str) -> Tensor:
-        """(m,) magnitude with which each output of a dense layer goes on."""
-        norm = self._norms.get(name)
-        gain = None if norm is None else norm_gain(self._dense.get_submodule(norm))
-        return torch.ones(len(self._dense.get_submodule(name).get_parameter("weight"))) if gain is None else gain.abs()
 
     def _observations(
         self,

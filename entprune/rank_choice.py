@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from entprune.allocation import LayerCost, Objective
+from entprune.allocation import Objective
 from entprune.calibration import Statistics
 from entprune.candidates import CandidateJob
-from entprune.config import Budget, PruneConfig
-from entprune.errors import ConfigError
+from entprune.config import PruneConfig
 from entprune.layers import LayerSelection
 from entprune.plan import PruningPlan, select_layers
-from entprune.stages import Network, output_gain
+from entprune.stages import Network
 
 _LOSS_SHARE = 0.1
 
@@ -34,39 +33,37 @@ class RankChoice:
     Attributes:
         network: dense.
         covariances: (m, m) float64 of each layer's dense outputs, as they go on behind its BatchNorm.
-        objective: what is made small.
         round_to: ranks are multiples of this.
     """
 
     network: Network
     covariances: Mapping[str, np.ndarray]
-    objective: Objective
     round_to: int = 1
 
-    def complete(self, plan: PruningPlan, price: float) -> PruningPlan:
-        """The plan with the ranks that this price per unit of cost asks for."""
+    def complete(self, plan: PruningPlan, price: float, objective: Objective) -> PruningPlan:
+        """The plan with the ranks that this price per parameter or multiply-accumulate asks for."""
         selection = select_layers(self.network.model, self.network.groups, plan)
         widths, costs = plan.widths(), {layer.name: layer for layer in self.network.cost.layers}
         ranks: list[tuple[str, int]] = []
         for name, covariance in self.covariances.items():
             kept = selection.get(name, LayerSelection()).outputs
             present = covariance if kept is None else covariance[np.ix_(kept, kept)]
-            rank = self._rank(present, costs[name], widths, price)
+            layer = costs[name]
+            unit = price * (layer.positions if objective == "macs" else 1)
+            rank = self._rank(present, layer.taps * int(layer.inputs(widths)), unit)
             if rank is not None:
                 ranks.append((name, rank))
         return replace(plan, ranks=tuple(ranks))
 
-    def _rank(self, covariance: np.ndarray, layer: LayerCost, widths: Mapping[str, int], price: float) -> int | None:
-        """Rank of least loss and cost, None where no rank is better than the layer as it is."""
-        missed = missed_variance(covariance)
-        rank = np.arange(self.round_to, len(missed), self.round_to)
+    def _rank(self, covariance: np.ndarray, num_features: int, price: float) -> int | None:
+        """Rank of least loss and cost at a price per weight, None where no rank is better than the layer as it is."""
+        num_outputs = len(covariance)
+        rank = np.arange(self.round_to, num_outputs + 1, self.round_to)
         if not len(rank):
             return None
-        positions = layer.positions if self.objective == "macs" else 1
-        inputs, outputs = layer.taps * layer.inputs(widths), layer.outputs(widths)
-        total = _LOSS_SHARE * missed[rank] + price * positions * rank * (inputs + outputs)
+        total = _LOSS_SHARE * missed_variance(covariance)[rank] + price * rank * (num_features + num_outputs)
         best = int(total.argmin())
-        return int(rank[best]) if total[best] < price * positions * inputs * outputs else None
+        return int(rank[best]) if total[best] < price * num_features * num_outputs else None
 
 
 def missed_variance(covariance: np.ndarray) -> np.ndarray:
@@ -78,20 +75,6 @@ def missed_variance(covariance: np.ndarray) -> np.ndarray:
     return np.concatenate([[1.0], 1.0 - np.cumsum(values) / total]).clip(min=0.0)
 
 
-def check_low_rank(budget: Budget) -> None:
-    """Refuse budgets that layers of low rank do not go with.
-
-    Raises:
-        ConfigError: there are several, or one is of latency.
-    """
-    kinds = [name for name in budget.to_dict() if name != "latency_batch"]
-    if len(kinds) > 1 or "latency_removed" in kinds:
-        raise ConfigError(
-            "layers of low rank go with one budget, of accuracy, parameters or MACs, got "
-            f"{', '.join(kinds)}; give one of those, or leave the layers whole."
-        )
-
-
 def rank_choice(job: CandidateJob, config: PruneConfig) -> RankChoice | None:
     """What chooses the ranks of a search's candidates, None where they were not asked for."""
     if not config.low_rank:
@@ -101,7 +84,6 @@ def rank_choice(job: CandidateJob, config: PruneConfig) -> RankChoice | None:
     return RankChoice(
         network=network,
         covariances={layer: _covariance(network, layer, job.data.statistics) for layer in layers},
-        objective=config.objective,
         round_to=config.round_to,
     )
 
@@ -109,5 +91,5 @@ def rank_choice(job: CandidateJob, config: PruneConfig) -> RankChoice | None:
 def _covariance(network: Network, layer: str, statistics: Statistics) -> np.ndarray:
     outputs = statistics[layer].outputs.astype(np.float64)  # the choice must not depend on the number of threads
     centred = outputs - outputs.mean(0)
-    gain = output_gain(network, layer).astype(np.float64)
+    gain = network.output_gain(layer).astype(np.float64)
     return np.asarray(centred.T @ centred / len(outputs) * np.outer(gain, gain))

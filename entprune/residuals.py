@@ -138,6 +138,12 @@ def norm_gain(norm: nn.Module) -> Tensor | None:
     return gain * norm.weight.detach() if norm.affine else gain
 
 
+def output_gain(model: nn.Module, layer: str, norm: str | None) -> Tensor:
+    """(m,) magnitude with which each output of a dense layer goes on; `norm` is the BatchNorm that alone reads it."""
+    gain = None if norm is None else norm_gain(model.get_submodule(norm))
+    return torch.ones(len(model.get_submodule(layer).get_parameter("weight"))) if gain is None else gain.abs()
+
+
 def inverse_gain(model: nn.Module, residual: Residual) -> Tensor:
     """(m,) factor from the sum's units to the layer's outputs, 0 where the normalisation hardly lets them through."""
     layer = model.get_submodule(residual.layer)

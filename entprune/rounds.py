@@ -18,7 +18,7 @@ from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.errors import ConfigError
 from entprune.latency import is_within
 from entprune.plan import PruningPlan
-from entprune.search import least_widths
+from entprune.planning import least_widths
 from entprune.selection import NO_CLASS, DenseReference, StopRule
 from entprune.stages import Network
 

@@ -12,21 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from entprune.allocation import AllocationProblem, CostModel, Limits, Objective, allocate, allocate_within
+from entprune.allocation import AllocationProblem, CostModel, Limits, Objective
 from entprune.candidates import CandidateJob, CandidateScore
 from entprune.config import Budget, BudgetKind, PruneConfig
 from entprune.errors import ConfigError
 from entprune.latency import KeptLatency, LatencyBudget, latency_budget, limit_macs
 from entprune.path import SparsityPath
-from entprune.plan import GroupPlan, PruningPlan
-from entprune.rank_choice import RankChoice, check_low_rank, rank_choice
+from entprune.plan import PruningPlan
+from entprune.planning import Planner, allocation_problem, plan_for_widths
+from entprune.rank_choice import RankChoice, rank_choice
 from entprune.runner import Runner
 from entprune.scoring import ScoreTask, score_all
 from entprune.selection import DenseReference, StopRule
 
 _SMALLEST_FRACTION = 0.02
-_PRICE_STEP = 0.9  # smaller
-_SIZE_BISECTIONS = 12
 _REMOVED_RESOLUTION = 1.25  # factor between the removed fractions of neighbouring sizes
 
 
@@ -170,66 +169,24 @@ def search_steps(
     """Search as a sequence of requests; whoever drives it enters the scores into the ledger before it goes on.
 
     Raises:
-        ConfigError: a size or latency budget that even the least widths do not reach, or layers of low rank with
-            several budgets or one of latency.
+        ConfigError: a size or latency budget that even the least widths do not reach.
     """
     problem = allocation_problem(paths, cost, config, _objective(budget, config), dense_widths)
     limits, latency = budget.size_limits(), ledger.latency
-    if ranks is not None:
-        ranks = replace(ranks, objective=problem.objective)
-        check_low_rank(budget)
     if latency is not None:
         limits = dict(limit_macs(problem, limits, lambda w: latency.kept(plan_for_widths(paths, w)), latency.limit))
     if budget.max_accuracy_drop is not None:
         if ranks is not None:
             return _smaller_of_both(problem, paths, ranks, ledger, config)
-        return _by_accuracy(problem, _Planner(problem, paths), ledger, config, limits)
-    planners = [_Planner(problem, paths, ranks)] if ranks is not None else []
-    return _by_size(problem, [*planners, _Planner(problem, paths)], ledger, limits)
+        return _by_accuracy(problem, Planner(problem, paths), ledger, config, limits)
+    planners = [Planner(problem, paths, ranks)] if ranks is not None else []
+    return _by_size(problem, [*planners, Planner(problem, paths)], ledger, limits)
 
 
 def _objective(budget: Budget, config: PruneConfig) -> Objective:
     if budget.max_accuracy_drop is not None:
         return config.objective
     return "parameters" if budget.parameters_removed is not None else "macs"
-
-
-def allocation_problem(
-    paths: Mapping[str, SparsityPath],
-    cost: CostModel,
-    config: PruneConfig,
-    objective: Objective,
-    dense_widths: Mapping[str, int] | None = None,
-) -> AllocationProblem:
-    """Predicted losses are the paths' refit errors to the power `loss_exponent`."""
-    present = {name: path.num_channels for name, path in paths.items()}
-    return AllocationProblem(
-        losses={name: path.errors**config.loss_exponent for name, path in paths.items()},
-        minimum=least_widths(present, config, dense_widths),
-        cost=cost,
-        objective=objective,
-        round_to=config.round_to,
-        blocks=cost.blocks(),
-    )
-
-
-def least_widths(
-    widths: Mapping[str, int], config: PruneConfig, dense_widths: Mapping[str, int] | None = None
-) -> dict[str, int]:
-    """Floor of each group's width: the larger of the settings' two, and at most what the group has."""
-    dense = {**widths, **(dense_widths or {})}
-    floors = {name: math.ceil(config.minimum_fraction * dense[name] - 1e-9) for name in widths}
-    return {name: min(max(config.minimum_channels, floors[name]), width) for name, width in widths.items()}
-
-
-def plan_for_widths(paths: Mapping[str, SparsityPath], widths: Mapping[str, int]) -> PruningPlan:
-    """The plan that keeps each group's best set of its width."""
-    return PruningPlan(
-        groups=tuple(
-            GroupPlan(name=name, num_channels=path.num_channels, kept_channels=path.kept(widths[name]))
-            for name, path in paths.items()
-        )
-    )
 
 
 class Ledger:
@@ -356,47 +313,7 @@ class _Scorer:
         score_all(tasks, self._runner, stage=request.stage, on_score=collect)
 
 
-class _Planner:
-    """Makes plans of widths, with ranks at the price that these widths were allocated at."""
-
-    def __init__(
-        self, problem: AllocationProblem, paths: Mapping[str, SparsityPath], ranks: RankChoice | None = None
-    ) -> None:
-        self._problem, self._paths, self._ranks = problem, paths, ranks
-
-    def plan(self, widths: Mapping[str, int]) -> PruningPlan:
-        """The plan of these widths."""
-        plan = plan_for_widths(self._paths, widths)
-        return plan if self._ranks is None else self._ranks.complete(plan, self._price(widths))
-
-    def _price(self, widths: Mapping[str, int]) -> float:
-        """Predicted loss per unit of cost of a slightly smaller network."""
-        problem, fraction = self._problem, self._problem.fraction(widths)
-        least = problem.fraction(problem.smallest())
-        near = fraction * _PRICE_STEP if fraction * _PRICE_STEP >= least else min(1.0, fraction / _PRICE_STEP)
-        other = allocate(problem, near)
-        saved = problem.cost.evaluate(widths, problem.objective) - problem.cost.evaluate(other, problem.objective)
-        return max(0.0, (problem.loss(other) - problem.loss(widths)) / saved) if saved else 0.0
-
-    def fitting(self, limits: Limits) -> PruningPlan:
-        """The plan within these limits; with ranks there is one, and layers are as wide as the ranks leave room for."""
-        plan, problem = self.plan(allocate_within(self._problem, limits)), self._problem
-        if not plan.ranks:
-            return plan
-        (limit,) = limits.values()
-        dense = problem.cost.evaluate(problem.full(), problem.objective)
-        low, high = limit, 1.0
-        for _ in range(_SIZE_BISECTIONS):
-            middle = (low * high) ** 0.5
-            wider = self.plan(allocate(problem, middle))
-            if problem.cost.evaluate(wider.widths(), problem.objective, dict(wider.ranks)) <= limit * dense:
-                plan, low = wider, middle
-            else:
-                high = middle
-        return plan
-
-
-def _by_size(problem: AllocationProblem, planners: Sequence[_Planner], ledger: Ledger, limits: Limits) -> SearchSteps:
+def _by_size(problem: AllocationProblem, planners: Sequence[Planner], ledger: Ledger, limits: Limits) -> SearchSteps:
     """One allocation, or one with ranks and one without: the size is known without trying, what it loses is not."""
     plans = [planner.fitting(limits) for planner in planners]
     yield ScoreRequest(plans=tuple(plans), stage="assemble")
@@ -418,19 +335,19 @@ def _smaller_of_both(
 
     Then that one is made smaller still. Otherwise a single further network was tried.
     """
-    found = yield from _by_accuracy(problem, _Planner(problem, paths, ranks), ledger, config, {})
+    found = yield from _by_accuracy(problem, Planner(problem, paths, ranks), ledger, config, {})
     chosen = found.chosen.plan
     kept = problem.cost.evaluate(chosen.widths(), problem.objective, dict(chosen.ranks))
     kept /= problem.cost.evaluate(problem.full(), problem.objective)
     if not found.budget_met or kept <= problem.fraction(problem.smallest()):
         return found
-    rival = yield from _by_accuracy(problem, _Planner(problem, paths), ledger, config, {problem.objective: kept})
+    rival = yield from _by_accuracy(problem, Planner(problem, paths), ledger, config, {problem.objective: kept})
     return rival if rival.budget_met else replace(found, candidates=rival.candidates)
 
 
 def _by_accuracy(
     problem: AllocationProblem,
-    planner: _Planner,
+    planner: Planner,
     ledger: Ledger,
     config: PruneConfig,
     limits: Limits,
@@ -443,7 +360,7 @@ def _by_accuracy(
     bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
     if limits:
-        plan = planner.plan(allocate_within(problem, limits))
+        plan = planner.plan_within(limits)
         yield ScoreRequest(plans=(plan,), stage="search, largest")
         best = ledger.judge(problem, plan, problem.fraction(plan.widths()), 1)
         bracket.high, bracket.excess_high = best.kept_fraction, _log_ratio(best.upper_bound or 0.0, ledger.max_drop)
@@ -453,8 +370,7 @@ def _by_accuracy(
         if number > 1 and bracket.is_narrow(config.resolution):
             break
         inner = bracket.next_fractions(config)
-        widths = [allocate_within(problem, {**limits, problem.objective: float(fraction)}) for fraction in inner]
-        plans = [planner.plan(entry) for entry in widths]
+        plans = [planner.plan_within({**limits, problem.objective: float(fraction)}) for fraction in inner]
         yield ScoreRequest(plans=tuple(plans), stage=f"search, round {number}")
         judged = [
             ledger.judge(problem, plan, float(fraction), number) for plan, fraction in zip(plans, inner, strict=True)

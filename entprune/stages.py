@@ -36,7 +36,7 @@ from entprune.moments import RowMoments
 from entprune.path import PathSetting, SettingPath, SparsityPath, lower_envelope, solve_setting
 from entprune.plan import consumer_features
 from entprune.regression import GroupProblem, build_problem
-from entprune.residuals import Residual, ResidualGraph, find_norms, find_residuals, norm_gain
+from entprune.residuals import Residual, ResidualGraph, find_norms, find_residuals, output_gain
 from entprune.runner import Runner, Work
 from entprune.shared_steps import SharedSteps
 from entprune.tracing import trace
@@ -71,6 +71,10 @@ class Network:
     def dense_macs(self) -> int:
         """Multiply-accumulates of one image before pruning."""
         return self.cost.macs({group.name: group.num_channels for group in self.groups.groups})
+
+    def output_gain(self, layer: str) -> np.ndarray:
+        """(m,) float32 magnitude with which each output of a dense layer goes on."""
+        return np.asarray(output_gain(self.model, layer, self.norms.get(layer)).numpy())
 
     def consumers(self) -> tuple[str, ...]:
         """Layers that read a prunable group, in execution order."""
@@ -261,22 +265,13 @@ def group_problem(network: Network, group: ChannelGroup, statistics: Statistics)
             raise ModelError(
                 f"layer {piece.layer!r}: expected moments of its inputs, got none; calibrate it as a consumer."
             )
-        gain = output_gain(network, piece.layer)
+        gain = network.output_gain(piece.layer)
         weight = layer.get_parameter("weight").detach().flatten(1).numpy() * gain[:, None]
         inputs = entry.moments if isinstance(entry.moments, RowMoments) else entry.moments.covariance()
         consumers[piece.layer] = (inputs, weight, consumer_features(layer, piece))
         if piece.layer in branches:
             variances[piece.layer] = float((gain**2 * entry.outputs.var(0, dtype=np.float64)).sum())
     return build_problem(group.name, group.num_channels, consumers, variances)
-
-
-def output_gain(network: Network, layer: str) -> np.ndarray:
-    """(m,) float32 magnitude with which each output goes on."""
-    norm = network.norms.get(layer)
-    gain = None if norm is None else norm_gain(network.model.get_submodule(norm))
-    if gain is None:
-        return np.ones(len(network.model.get_submodule(layer).get_parameter("weight")), dtype=np.float32)
-    return np.asarray(np.abs(gain.numpy()))
 
 
 def solve_group(job: SolveJob, setting: PathSetting) -> SettingPath:

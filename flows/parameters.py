@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from entprune import Budget, PruneConfig
 from entprune.errors import ConfigError
 from entprune.finetune import FinetuneConfig
-from entprune.rank_choice import check_low_rank
 
 _DEFAULTS = PruneConfig()
 _FINETUNING = FinetuneConfig()
@@ -140,16 +139,13 @@ with warnings.catch_warnings():
 
         @model_validator(mode="after")
         def _check_derived(self) -> Self:
-            self.budget()
-            self.config()
+            self.config().check_budget(self.budget())
             self.finetuning()
             if self.low_rank and self.rounds > 1:
                 raise ConfigError(
                     "--low-rank makes two layers of one, which can be pruned once: expected --rounds 1, "
                     f"got {self.rounds}."
                 )
-            if self.low_rank:
-                check_low_rank(self.budget())
             if self.rounds > 1 and not self.finetune_epochs:
                 raise ConfigError(
                     f"--rounds {self.rounds} needs tuning between the rounds, got --finetune-epochs 0; give at least 1."

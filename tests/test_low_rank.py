@@ -22,7 +22,7 @@ from entprune.low_rank import merge_layers, new_pair, reduce_rank, split_layer, 
 from entprune.models import build_model
 from entprune.plan import GroupPlan, PruningPlan, compose_plans
 from entprune.pruning import certify_result
-from entprune.rank_choice import RankChoice, check_low_rank, missed_variance
+from entprune.rank_choice import RankChoice, missed_variance
 from entprune.stages import ImageSet, analyse
 from entprune.training import TrainConfig, train
 
@@ -170,23 +170,23 @@ def rank_chooser(**changes: Any) -> tuple[RankChoice, PruningPlan]:
         GroupPlan(name=group.name, num_channels=group.num_channels, kept_channels=tuple(range(group.num_channels)))
         for group in network.groups.groups
     )
-    values = {"network": network, "covariances": outputs, "objective": "parameters"} | changes
+    values = {"network": network, "covariances": outputs} | changes
     return RankChoice(**values), PruningPlan(groups=groups)
 
 
 def test_nothing_is_split_for_nothing() -> None:
     choice, plan = rank_chooser()
-    assert choice.complete(plan, 0.0).ranks == ()
+    assert choice.complete(plan, 0.0, "parameters").ranks == ()
 
 
 def test_a_small_price_finds_the_rank_that_is_there() -> None:
     choice, plan = rank_chooser()
-    assert dict(choice.complete(plan, 1e-7).ranks)["second"] == 3
+    assert dict(choice.complete(plan, 1e-7, "parameters").ranks)["second"] == 3
 
 
 def test_a_high_price_leaves_rank_one_and_only_where_two_layers_are_smaller() -> None:
     choice, plan = rank_chooser()
-    ranks = dict(choice.complete(plan, 1e3).ranks)
+    ranks = dict(choice.complete(plan, 1e3, "parameters").ranks)
     assert ranks["second"] == 1
     cost, widths = choice.network.cost, plan.widths()
     for name in ranks:
@@ -195,14 +195,14 @@ def test_a_high_price_leaves_rank_one_and_only_where_two_layers_are_smaller() ->
 
 def test_ranks_are_multiples_where_widths_are() -> None:
     choice, plan = rank_chooser(round_to=4)
-    assert dict(choice.complete(plan, 1e-7).ranks)["second"] == 4
+    assert dict(choice.complete(plan, 1e-7, "parameters").ranks)["second"] == 4
 
 
 def test_kept_channels_alone_count() -> None:
     choice, plan = rank_chooser()
     second = next(group for group in plan.groups if group.num_channels == 24)
     less = replace(plan, groups=tuple(replace(g, kept_channels=(0, 1)) if g is second else g for g in plan.groups))
-    assert dict(choice.complete(less, 1e-7).ranks).get("second", 2) <= 2
+    assert dict(choice.complete(less, 1e-7, "parameters").ranks).get("second", 2) <= 2
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,8 @@ def test_kept_channels_alone_count() -> None:
 )
 def test_other_budgets_are_refused(budget: Budget) -> None:
     with pytest.raises(ConfigError, match="go with one budget, of accuracy, parameters or MACs, got"):
-        check_low_rank(budget)
+        prune(nn.Identity(), torch.zeros(2, 1, 8, 8), budget=budget, config=CONFIG)  # before anything is computed
+    PruneConfig().check_budget(budget)
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

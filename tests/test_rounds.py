@@ -17,8 +17,8 @@ from entprune.errors import ConfigError
 from entprune.groups import ChannelGroups
 from entprune.models import build_model
 from entprune.plan import GroupPlan, PruningPlan, compose_plans, full_plan
+from entprune.planning import least_widths
 from entprune.rounds import RoundRecord, check_reachable, choose_round, is_exhausted, judge_round, round_budget
-from entprune.search import least_widths
 from entprune.selection import DenseReference
 from entprune.stages import analyse
 from tests.micro_networks import IMAGE_SHAPE, Bottleneck, Chain, Concat, Residual

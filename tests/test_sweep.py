@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from torch import nn
 
@@ -17,6 +18,7 @@ import entprune
 from entprune.checkpoints import save_state
 from entprune.datasets import ImageData, load_data, split_training
 from entprune.errors import OutputError
+from entprune.low_rank import merge_layers, new_pair
 from entprune.models import build_model
 from entprune.training import TrainConfig, train
 from flows.recording import record_again
@@ -224,6 +226,25 @@ def test_another_setting_pays_for_what_is_new(ground: Ground, first: tuple[dict[
 
 
 # --- before the engine ------------------------------------------------------------------------------------------------
+
+
+def test_low_rank_can_be_swept(ground: Ground, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = build_model("digits_cnn", num_classes=10, input_shape=ground.data.input_shape)
+    for name, rank in (ranks := {"conv2": 12, "fc1": 6}).items():
+        new_pair(dense, name, rank)
+    save_state(merge_layers(train(dense, ground.data, TrainConfig(epochs=4)).model, ranks), tmp_path / "thin.pt")
+    base = ground.parameters("rank").base | {"checkpoint": str(tmp_path / "thin.pt"), "calibration_samples": 256}
+    del base["max_accuracy_drop"]
+    asked = {"grid": {"low_rank": [False, True]}, "base": base | {"parameters_removed": 0.97}}
+    content, _ = run(ground.parameters("rank", **asked))
+    whole, thin = content["settings"]
+    assert thin["result"]["validation_drop"] < whole["result"]["validation_drop"]
+    report = json.loads((ground.folder / "rank" / "chosen" / "report.json").read_text(encoding="utf-8"))
+    assert content["chosen"]["number"] == thin["number"]
+    assert report["low_rank"]
+    model = entprune.load(ground.folder / "rank" / "chosen" / "model")
+    assert sum(value.numel() for value in model.parameters()) == thin["result"]["parameters"]
 
 
 def test_networks_and_data_are_loaded_once(ground: Ground) -> None:

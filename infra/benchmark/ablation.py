@@ -27,9 +27,9 @@ from entprune.config import Budget, PruneConfig
 from entprune.errors import ConfigError
 from entprune.path import PathSetting, SettingPath, SparsityPath
 from entprune.plan import PruningPlan
+from entprune.planning import allocation_problem, plan_for_widths
 from entprune.predictions import dense_reference, predict
 from entprune.runner import InProcessRunner
-from entprune.search import allocation_problem, plan_for_widths
 from entprune.selection import NO_CLASS
 from entprune.stages import SolveKey, group_problem, solve
 from infra.benchmark.contest import budget_label

@@ -20,7 +20,7 @@ from entprune.checkpoints import load_plain_state
 from entprune.config import Budget
 from entprune.errors import ConfigError
 from entprune.plan import PruningPlan
-from entprune.search import allocation_problem
+from entprune.planning import allocation_problem
 from infra.benchmark.networks import Bench
 from infra.benchmark.parts import Request
 from infra.benchmark.records import Record

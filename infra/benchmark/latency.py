@@ -23,8 +23,8 @@ from entprune.allocation import Objective, allocate
 from entprune.assembly import slice_network
 from entprune.config import Budget
 from entprune.memory_format import lay_out
+from entprune.planning import allocation_problem, plan_for_widths
 from entprune.runner import torch_threads
-from entprune.search import allocation_problem, plan_for_widths
 from infra.benchmark.contest import budget_label
 from infra.benchmark.networks import NETWORKS
 from infra.benchmark.parts import Key, Part, Request

@@ -20,9 +20,9 @@ from entprune.allocation import allocate
 from entprune.candidates import score_candidate
 from entprune.config import Budget, PruneConfig
 from entprune.models import build_model
+from entprune.planning import allocation_problem, plan_for_widths
 from entprune.pruning import candidate_job
 from entprune.runner import InProcessRunner
-from entprune.search import allocation_problem, plan_for_widths
 from entprune.stages import ImageSet, analyse, calibrate, solve
 
 NETWORK, SHAPE = "lenet", (1, 28, 28)

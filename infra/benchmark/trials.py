@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from entprune.config import PruneConfig
 from entprune.path import SparsityPath, lower_envelope, solve_setting
 from entprune.plan import PruningPlan
+from entprune.planning import plan_for_widths
 from entprune.regression import ConsumerProblem, GroupProblem, RowProblem
-from entprune.search import plan_for_widths
 from entprune.shared_steps import SharedSteps
-from entprune.stages import ImageSet, group_problem, output_gain
+from entprune.stages import ImageSet, group_problem
 from infra.benchmark.networks import Bench
 
 PROBED_FRACTIONS = (0.75, 0.5, 0.25, 0.1)
@@ -80,7 +80,7 @@ def fisher_paths(bench: Bench, config: PruneConfig, weights: Mapping[str, np.nda
 
 def _scales(bench: Bench, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """(m,) by which the rows of each consumer's weight are multiplied: they hold the gain of the BatchNorm already."""
-    gains = {name: output_gain(bench.network, name) for name in weights}
+    gains = {name: bench.network.output_gain(name) for name in weights}
     return {
         name: np.sqrt(weights[name]) / np.where(gains[name] > 0, gains[name], np.inf) for name in weights
     }  # an output without gain is not felt by anything

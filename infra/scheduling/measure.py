@@ -32,10 +32,10 @@ from entprune.config import PruneConfig
 from entprune.evaluation import measure_latency
 from entprune.models import build_model
 from entprune.path import SparsityPath, lower_envelope
+from entprune.planning import allocation_problem, plan_for_widths
 from entprune.predictions import PredictJob, logits_range
 from entprune.pruning import certify_result
 from entprune.runner import Work, torch_threads
-from entprune.search import allocation_problem, plan_for_widths
 from entprune.selection import StopRule
 from entprune.stages import (
     CalibrationJob,
