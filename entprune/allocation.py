@@ -7,7 +7,7 @@ re-evaluated as its neighbours shrink.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,6 +22,7 @@ from entprune.layers import find_part, output_width, part_width
 Objective = Literal["parameters", "macs"]
 Limits = Mapping[Objective, float]  # kept fraction of the dense network's size, in (0, 1]
 Widths = Mapping[str, int] | Mapping[str, int | np.ndarray]
+Ranks = Mapping[str, int]  # of layers that are made two
 Excess = Callable[[Mapping[str, int]], dict[Objective, float]]  # how many times over which limits, where it is over
 _BISECTIONS = 40
 _SWEEPS = 30
@@ -61,49 +62,41 @@ class LayerCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
-    """Parameters and MACs of the network for any widths, without building it.
-
-    Attributes:
-        layers: every layer that has a size.
-        untouched_parameters: of everything else.
-        ranks: of layers that are made two, at widths where two cost less than one.
-    """
+    """Parameters and MACs of the network for any widths, without building it."""
 
     layers: tuple[LayerCost, ...]
     untouched_parameters: int
-    ranks: Mapping[str, int] = field(default_factory=dict)
 
-    def with_ranks(self, ranks: Iterable[tuple[str, int]]) -> CostModel:
-        """The cost of the same network with these layers made two."""
-        return replace(self, ranks=dict(ranks))
+    def parameters(self, widths: Mapping[str, int], ranks: Ranks | None = None) -> int:
+        """Parameters at these widths, and ranks of layers that have one."""
+        return int(self.evaluate(widths, "parameters", ranks))
 
-    def parameters(self, widths: Mapping[str, int]) -> int:
-        """Parameters at these widths."""
-        return int(self.evaluate(widths, "parameters"))
-
-    def macs(self, widths: Mapping[str, int]) -> int:
+    def macs(self, widths: Mapping[str, int], ranks: Ranks | None = None) -> int:
         """Multiply-accumulates of one image in convolutions and linear layers."""
-        return int(self.evaluate(widths, "macs"))
+        return int(self.evaluate(widths, "macs", ranks))
 
-    def evaluate(self, widths: Mapping[str, int], objective: Objective) -> float:
+    def evaluate(self, widths: Mapping[str, int], objective: Objective, ranks: Ranks | None = None) -> float:
         """Cost in parameters or MACs."""
         total = float(self.untouched_parameters) if objective == "parameters" else 0.0
-        return total + sum(float(self._of_layer(layer, widths, objective)) for layer in self.layers)
+        known = ranks or {}
+        return total + sum(float(_layer_cost(layer, widths, objective, known.get(layer.name))) for layer in self.layers)
 
-    def by_group(self, widths: Mapping[str, int], objective: Objective) -> tuple[dict[str, int], int]:
+    def by_group(
+        self, widths: Mapping[str, int], objective: Objective, ranks: Ranks | None = None
+    ) -> tuple[dict[str, int], int]:
         """Cost of the layers that compute each group, and of everything that computes none; together the whole.
 
         What one layer costs is split among the groups that it writes, in proportion to its outputs in them.
         """
         written: dict[str, float] = {}
         for layer in self.layers:
-            cost = float(self._of_layer(layer, widths, objective))
+            cost = float(_layer_cost(layer, widths, objective, (ranks or {}).get(layer.name)))
             sizes = {group: block * widths[group] for group, block in layer.output_blocks.items()}
             outputs = max(1, layer.fixed_outputs + sum(sizes.values()))
             for group, size in sizes.items():
                 written[group] = written.get(group, 0.0) + cost * size / outputs
         rounded = {group: round(cost) for group, cost in written.items()}
-        return rounded, round(self.evaluate(widths, objective)) - sum(rounded.values())
+        return rounded, round(self.evaluate(widths, objective, ranks)) - sum(rounded.values())
 
     def blocks(self) -> dict[str, int]:
         """Channels that the first layer to write a group gets for each of the group's."""
@@ -118,16 +111,22 @@ class CostModel:
         width = np.arange(num_channels + 1, dtype=np.float64)
         trial: dict[str, int | np.ndarray] = {**widths, group: width}
         touched = (x for x in self.layers if group in x.input_blocks or group in x.output_blocks)
-        return np.asarray(sum((self._of_layer(layer, trial, objective) for layer in touched), np.zeros_like(width)))
+        return np.asarray(sum((_layer_cost(layer, trial, objective) for layer in touched), np.zeros_like(width)))
 
-    def _of_layer(self, layer: LayerCost, widths: Widths, objective: Objective) -> float | np.ndarray:
-        inputs, outputs, rank = layer.inputs(widths), layer.outputs(widths), self.ranks.get(layer.name)
-        dense: float | np.ndarray = layer.taps * inputs * outputs
-        if rank is not None:
-            dense = np.minimum(dense, rank * (layer.taps * inputs + outputs))
-        if objective == "macs":
-            return dense * layer.positions
-        return (dense + layer.per_output * outputs) * layer.is_counted
+
+def _layer_cost(
+    layer: LayerCost,
+    widths: Widths,
+    objective: Objective,
+    rank: int | None = None,
+) -> float | np.ndarray:
+    inputs, outputs = layer.inputs(widths), layer.outputs(widths)
+    dense: float | np.ndarray = (
+        layer.taps * inputs * outputs if rank is None else rank * (layer.taps * inputs + outputs)
+    )
+    if objective == "macs":
+        return dense * layer.positions
+    return (dense + layer.per_output * outputs) * layer.is_counted
 
 
 def build_cost_model(model: nn.Module, groups: ChannelGroups, input_shape: tuple[int, int, int]) -> CostModel:
@@ -289,7 +288,7 @@ def allocate(problem: AllocationProblem, kept_fraction: float) -> dict[str, int]
     widths = problem.smallest()
     for _ in range(_BISECTIONS):
         price = (low * high) ** 0.5
-        trial = allocate_at(problem, price / dense)
+        trial = _descend(problem, price / dense)
         if problem.cost.evaluate(trial, problem.objective) <= target:
             high, widths = price, trial
         else:
@@ -359,7 +358,7 @@ class _BlendedCost(CostModel):
 
     weights: Mapping[Objective, float]
 
-    def evaluate(self, widths: Mapping[str, int], objective: Objective) -> float:  # noqa: ARG002 -- the base's
+    def evaluate(self, widths: Mapping[str, int], objective: Objective, ranks: Ranks | None = None) -> float:  # noqa: ARG002 -- the base's
         return sum(weight * CostModel.evaluate(self, widths, name) for name, weight in self.weights.items())
 
     def along(self, group: str, widths: Mapping[str, int], num_channels: int, objective: Objective) -> np.ndarray:  # noqa: ARG002
@@ -375,11 +374,8 @@ def _blended_cost(problem: AllocationProblem, limits: Limits, share: float) -> _
     return _BlendedCost(layers=cost.layers, untouched_parameters=cost.untouched_parameters, weights=weights)
 
 
-def allocate_at(problem: AllocationProblem, price: float) -> dict[str, int]:
-    """Widths of least predicted loss + price * cost.
-
-    By coordinate descent from the dense and from the least widths; the better end point.
-    """
+def _descend(problem: AllocationProblem, price: float) -> dict[str, int]:
+    """Coordinate descent from the dense and from the least widths; the better end point."""
     ends = [_descend_from(problem, price, start) for start in (problem.full(), problem.smallest())]
     return min(ends, key=lambda widths: problem.loss(widths) + price * problem.cost.evaluate(widths, problem.objective))
 

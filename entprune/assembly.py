@@ -279,17 +279,7 @@ class _RefitWalk:
         held = list(read()) if num_rows * feature_count(layer) <= self._data.held_numbers else None
         for rows, dense, summand in held or read():
             fit.update(rows, dense - summand)
-        rank, gain = self._ranks.get(name), torch.ones(0)
-        if rank is not None:
-            gain = output_gain(self._dense, name, self._norms.get(name))[kept].to(self._device)
-
-        def reduced(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            if rank is None:
-                return weight, bias
-            parts = (part[0] for part in held or read())
-            return reduce_rank(weight, bias, parts, gain, rank, intercept=intercept)
-
-        weight, bias = reduced(*fit.solve(prior, ridge))
+        weight, bias = fit.solve(prior, ridge)
         if name in self._cut_offs:
             cut = self._cut_offs[name].at(kept)
             for _ in range(self._config.rectified_steps):
@@ -297,10 +287,14 @@ class _RefitWalk:
                 for rows, dense, summand in held or read():
                     present = torch.addmm(bias, rows, weight.T) + summand
                     fit.answer_again(rows, cut.targets(dense, present, _PULL) - summand)
-                weight, bias = reduced(*fit.solve(prior, ridge))
+                weight, bias = fit.solve(prior, ridge)
         if name == self._output_layer and layer.bias is not None:
             rows, logits = (torch.cat(part) for part in list(zip(*(held or read()), strict=True))[:2])
-            weight, bias = reduced(*fit_probabilities(rows, logits, weight, bias, self._config.output_temperature))
+            weight, bias = fit_probabilities(rows, logits, weight, bias, self._config.output_temperature)
+        if name in self._ranks:
+            gain = output_gain(self._dense, name, self._norms.get(name))[kept].to(self._device)
+            parts = (part[0] for part in held or read())
+            weight, bias = reduce_rank(weight, bias, parts, gain, self._ranks[name], intercept=intercept)
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(bias)

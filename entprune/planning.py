@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
-from entprune.allocation import AllocationProblem, CostModel, Limits, Objective, allocate_at, allocate_within
+from entprune.allocation import AllocationProblem, CostModel, Limits, Objective, allocate, allocate_within
 from entprune.config import PruneConfig
 from entprune.path import SparsityPath
 from entprune.plan import GroupPlan, PruningPlan
 from entprune.rank_choice import RankChoice
 
-_PRICES = (1e-9, 1e9)  # of the dense network's whole cost
-_PRICE_RESOLUTION = 1.001
-_TURNS = 4  # of ranks at these widths, and widths at those ranks
+_PRICE_STEP = 0.9  # size of the network that the price is taken from, in units of the present one
+_SIZE_BISECTIONS = 12
 
 
 def allocation_problem(
@@ -56,11 +54,7 @@ def plan_for_widths(paths: Mapping[str, SparsityPath], widths: Mapping[str, int]
 
 
 class Planner:
-    """Makes plans within limits of size: widths alone, or widths and ranks together.
-
-    Channels are cheaper to keep where ranks are low, and ranks need not be low where few channels are kept. Both are
-    chosen at one price per parameter or multiply-accumulate, in turns until neither changes, and the price is the least
-    that keeps to the limit.
+    """Makes plans of widths, with ranks at the price that these widths were allocated at.
 
     Args:
         problem: what widths are allocated from.
@@ -73,44 +67,38 @@ class Planner:
     ) -> None:
         self._problem, self._paths, self._ranks = problem, paths, ranks
 
-    def kept_fraction(self, plan: PruningPlan) -> float:
-        """Fraction of the dense network's cost that a plan keeps."""
-        problem = self._problem
-        kept = problem.cost.with_ranks(plan.ranks).evaluate(plan.widths(), problem.objective)
-        return kept / problem.cost.evaluate(problem.full(), problem.objective)
-
     def plan_within(self, limits: Limits) -> PruningPlan:
-        """The plan of least predicted loss within these limits; with ranks there is one, of the objective.
+        """The plan of the widths of least predicted loss within these limits; its ranks save more."""
+        return self._plan(allocate_within(self._problem, limits))
 
-        Raises:
-            ConfigError: even the least widths exceed a limit.
-        """
-        widths = allocate_within(self._problem, limits)
+    def _plan(self, widths: Mapping[str, int]) -> PruningPlan:
+        plan = plan_for_widths(self._paths, widths)
         if self._ranks is None:
-            return plan_for_widths(self._paths, widths)
+            return plan
+        return self._ranks.complete(plan, self._price(widths), self._problem.objective)
+
+    def _price(self, widths: Mapping[str, int]) -> float:
+        """Predicted loss per unit of cost of a slightly smaller network."""
+        problem, fraction = self._problem, self._problem.fraction(widths)
+        least = problem.fraction(problem.smallest())
+        near = fraction * _PRICE_STEP if fraction * _PRICE_STEP >= least else min(1.0, fraction / _PRICE_STEP)
+        other = allocate(problem, near)
+        saved = problem.cost.evaluate(widths, problem.objective) - problem.cost.evaluate(other, problem.objective)
+        return max(0.0, (problem.loss(other) - problem.loss(widths)) / saved) if saved else 0.0
+
+    def fitting(self, limits: Limits) -> PruningPlan:
+        """The plan within these limits; with ranks there is one, and layers are as wide as the ranks leave room for."""
+        plan, problem = self.plan_within(limits), self._problem
+        if not plan.ranks:
+            return plan
         (limit,) = limits.values()
-        dense = self._problem.cost.evaluate(self._problem.full(), self._problem.objective)
-        found, (low, high) = plan_for_widths(self._paths, widths), _PRICES
-        while high / low > _PRICE_RESOLUTION:
-            price = (low * high) ** 0.5
-            plan = self._plan_at(self._ranks, price / dense)
-            if self.kept_fraction(plan) <= limit:
-                found, high = plan, price
+        dense = problem.cost.evaluate(problem.full(), problem.objective)
+        low, high = limit, 1.0
+        for _ in range(_SIZE_BISECTIONS):
+            middle = (low * high) ** 0.5
+            wider = self._plan(allocate(problem, middle))
+            if problem.cost.evaluate(wider.widths(), problem.objective, dict(wider.ranks)) <= limit * dense:
+                plan, low = wider, middle
             else:
-                low = price
-        return found
-
-    def _plan_at(self, ranks: RankChoice, price: float) -> PruningPlan:
-        """Widths and ranks at a price per unit of cost."""
-        plan = self._at_widths(ranks, (), price)
-        for _ in range(_TURNS):
-            following = self._at_widths(ranks, plan.ranks, price)
-            if following.ranks == plan.ranks:
-                break
-            plan = following
+                high = middle
         return plan
-
-    def _at_widths(self, ranks: RankChoice, known: tuple[tuple[str, int], ...], price: float) -> PruningPlan:
-        """Widths at a price and what the known ranks save, and the ranks at these widths."""
-        problem = replace(self._problem, cost=self._problem.cost.with_ranks(known))
-        return ranks.complete(plan_for_widths(self._paths, allocate_at(problem, price)), price, problem.objective)

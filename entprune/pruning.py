@@ -416,7 +416,7 @@ def _costs_by_group(facts: RunFacts, plan: PruningPlan, objective: Objective) ->
     """Parameters or MACs of the layers that compute each group, and of all others, in both networks."""
     cost = facts.network.cost
     dense, others_dense = cost.by_group({path.group: path.num_channels for path in facts.paths.values()}, objective)
-    pruned, others_pruned = cost.with_ranks(plan.ranks).by_group(plan.widths(), objective)
+    pruned, others_pruned = cost.by_group(plan.widths(), objective, dict(plan.ranks))
     entries = {group: {"dense": dense[group], "pruned": pruned[group]} for group in dense}
     return {**entries, _OTHERS: {"dense": others_dense, "pruned": others_pruned}}
 

@@ -20,7 +20,7 @@ from entprune.config import Budget, PruneConfig
 from entprune.latency import KeptLatency, latency_budget
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
-from entprune.rank_choice import rank_choices
+from entprune.rank_choice import rank_choice
 from entprune.runner import Runner
 from entprune.scoring import ScoreTask, score_all
 from entprune.search import Candidate, Ledger, ScoreRequest, SearchResult, search_steps
@@ -89,7 +89,7 @@ class _Run:
         self.entrant = entrant
         latency = latency_budget(entrant.job.network, entrant.budget, entrant.config, entrant.kept_latency)
         self.ledger = Ledger(entrant.stop, entrant.job.reference, latency)
-        ranks = rank_choices(entrant.job, entrant.config)
+        ranks = rank_choice(entrant.job, entrant.config)
         self._steps = search_steps(
             entrant.paths, entrant.cost, self.ledger, entrant.budget, entrant.config, ranks=ranks
         )

@@ -23,33 +23,7 @@ from entprune.layers import LayerSelection
 from entprune.plan import PruningPlan, select_layers
 from entprune.stages import Network
 
-_LOSS_SHARES = (0.1, 0.2, 0.03)
-
-
-class Spectra:
-    """Variance of each layer's outputs along its leading directions, for any channels kept; what was asked is known.
-
-    Args:
-        covariances: (m, m) float64 of each layer's dense outputs, as they go on behind its BatchNorm.
-    """
-
-    def __init__(self, covariances: Mapping[str, np.ndarray]) -> None:
-        self._covariances = covariances
-        self._known: dict[tuple[str, bytes], np.ndarray] = {}
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers that may be of low rank."""
-        return tuple(self._covariances)
-
-    def missed(self, layer: str, kept: np.ndarray | None) -> np.ndarray:
-        """(m + 1,) fraction of the variance of m kept outputs (all of them: None) that each rank from 0 misses."""
-        key = (layer, b"" if kept is None else np.asarray(kept, dtype=np.int64).tobytes())
-        if key not in self._known:
-            covariance = self._covariances[layer]
-            present = covariance if kept is None else covariance[np.ix_(kept, kept)]
-            self._known[key] = missed_variance(present)
-        return self._known[key]
+_LOSS_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -58,14 +32,12 @@ class RankChoice:
 
     Attributes:
         network: dense.
-        spectra: of its layers' outputs.
-        loss_share: factor by which missed variance counts as predicted loss.
+        covariances: (m, m) float64 of each layer's dense outputs, as they go on behind its BatchNorm.
         round_to: ranks are multiples of this.
     """
 
     network: Network
-    spectra: Spectra
-    loss_share: float
+    covariances: Mapping[str, np.ndarray]
     round_to: int = 1
 
     def complete(self, plan: PruningPlan, price: float, objective: Objective) -> PruningPlan:
@@ -73,21 +45,23 @@ class RankChoice:
         selection = select_layers(self.network.model, self.network.groups, plan)
         widths, costs = plan.widths(), {layer.name: layer for layer in self.network.cost.layers}
         ranks: list[tuple[str, int]] = []
-        for name in self.spectra.layers:
-            layer, missed = costs[name], self.spectra.missed(name, selection.get(name, LayerSelection()).outputs)
+        for name, covariance in self.covariances.items():
+            kept = selection.get(name, LayerSelection()).outputs
+            present = covariance if kept is None else covariance[np.ix_(kept, kept)]
+            layer = costs[name]
             unit = price * (layer.positions if objective == "macs" else 1)
-            rank = self._rank(missed, layer.taps * int(layer.inputs(widths)), unit)
+            rank = self._rank(present, layer.taps * int(layer.inputs(widths)), unit)
             if rank is not None:
                 ranks.append((name, rank))
         return replace(plan, ranks=tuple(ranks))
 
-    def _rank(self, missed: np.ndarray, num_features: int, price: float) -> int | None:
+    def _rank(self, covariance: np.ndarray, num_features: int, price: float) -> int | None:
         """Rank of least loss and cost at a price per weight, None where no rank is better than the layer as it is."""
-        num_outputs = len(missed) - 1
+        num_outputs = len(covariance)
         rank = np.arange(self.round_to, num_outputs + 1, self.round_to)
         if not len(rank):
             return None
-        total = self.loss_share * missed[rank] + price * rank * (num_features + num_outputs)
+        total = _LOSS_SHARE * missed_variance(covariance)[rank] + price * rank * (num_features + num_outputs)
         best = int(total.argmin())
         return int(rank[best]) if total[best] < price * num_features * num_outputs else None
 
@@ -101,16 +75,16 @@ def missed_variance(covariance: np.ndarray) -> np.ndarray:
     return np.concatenate([[1.0], 1.0 - np.cumsum(values) / total]).clip(min=0.0)
 
 
-def rank_choices(job: CandidateJob, config: PruneConfig) -> tuple[RankChoice, ...]:
-    """What chooses the ranks of a search's candidates, once for each factor; none where they were not asked for."""
+def rank_choice(job: CandidateJob, config: PruneConfig) -> RankChoice | None:
+    """What chooses the ranks of a search's candidates, None where they were not asked for."""
     if not config.low_rank:
-        return ()
+        return None
     network, counted = job.network, {layer.name for layer in job.network.cost.layers if layer.is_counted}
     layers = [layer for layer in network.refit_layers if layer in counted and layer in job.data.statistics]
-    spectra = Spectra({layer: _covariance(network, layer, job.data.statistics) for layer in layers})
-    return tuple(
-        RankChoice(network=network, spectra=spectra, loss_share=share, round_to=config.round_to)
-        for share in _LOSS_SHARES
+    return RankChoice(
+        network=network,
+        covariances={layer: _covariance(network, layer, job.data.statistics) for layer in layers},
+        round_to=config.round_to,
     )
 
 

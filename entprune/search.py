@@ -20,13 +20,12 @@ from entprune.latency import KeptLatency, LatencyBudget, latency_budget, limit_m
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
 from entprune.planning import Planner, allocation_problem, plan_for_widths
-from entprune.rank_choice import RankChoice, rank_choices
+from entprune.rank_choice import RankChoice, rank_choice
 from entprune.runner import Runner
 from entprune.scoring import ScoreTask, score_all
 from entprune.selection import DenseReference, StopRule
 
 _SMALLEST_FRACTION = 0.02
-_RIVAL_RANGE = 0.75  # of the size of what was found: how much smaller another planner's network is looked for
 _REMOVED_RESOLUTION = 1.25  # factor between the removed fractions of neighbouring sizes
 
 
@@ -134,7 +133,7 @@ def search(
     """
     ledger = Ledger(job.stop, job.reference, latency_budget(job.network, budget, config, kept_latency))
     scorer = _Scorer(job, runner, known, on_score)
-    steps = search_steps(paths, cost, ledger, budget, config, dense_widths, rank_choices(job, config))
+    steps = search_steps(paths, cost, ledger, budget, config, dense_widths, rank_choice(job, config))
     try:
         while True:
             try:
@@ -165,7 +164,7 @@ def search_steps(
     budget: Budget,
     config: PruneConfig,
     dense_widths: Mapping[str, int] | None = None,
-    ranks: Sequence[RankChoice] = (),
+    ranks: RankChoice | None = None,
 ) -> SearchSteps:
     """Search as a sequence of requests; whoever drives it enters the scores into the ledger before it goes on.
 
@@ -176,10 +175,12 @@ def search_steps(
     limits, latency = budget.size_limits(), ledger.latency
     if latency is not None:
         limits = dict(limit_macs(problem, limits, lambda w: latency.kept(plan_for_widths(paths, w)), latency.limit))
-    planners = [*(Planner(problem, paths, choice) for choice in ranks), Planner(problem, paths)]
     if budget.max_accuracy_drop is not None:
-        return _smallest_of(problem, planners, ledger, config, limits)
-    return _by_size(problem, planners, ledger, limits)
+        if ranks is not None:
+            return _smaller_of_both(problem, paths, ranks, ledger, config)
+        return _by_accuracy(problem, Planner(problem, paths), ledger, config, limits)
+    planners = [Planner(problem, paths, ranks)] if ranks is not None else []
+    return _by_size(problem, [*planners, Planner(problem, paths)], ledger, limits)
 
 
 def _objective(budget: Budget, config: PruneConfig) -> Objective:
@@ -227,7 +228,7 @@ class Ledger:
 
     def judge(self, problem: AllocationProblem, plan: PruningPlan, fraction: float, number: int) -> Candidate:
         """Turn a plan's score into a candidate with its verdict."""
-        score, cost = self.score(plan), problem.cost.with_ranks(plan.ranks)
+        score = self.score(plan)
         stop, reference, count = self._stop, self._reference, len(score.predicted)
         drop = upper = accuracy = label_drop = None
         if reference is not None and count:
@@ -245,8 +246,8 @@ class Ledger:
             round=number,
             kept_fraction=fraction,
             plan=plan,
-            parameters=cost.parameters(plan.widths()),
-            macs=cost.macs(plan.widths()),
+            parameters=problem.cost.parameters(plan.widths(), dict(plan.ranks)),
+            macs=problem.cost.macs(plan.widths(), dict(plan.ranks)),
             accuracy=accuracy,
             accuracy_drop=drop,
             label_drop=label_drop,
@@ -313,31 +314,35 @@ class _Scorer:
 
 
 def _by_size(problem: AllocationProblem, planners: Sequence[Planner], ledger: Ledger, limits: Limits) -> SearchSteps:
-    """One plan of each planner: the size is known without trying, what it loses is not."""
-    plans = [planner.plan_within(limits) for planner in planners]
+    """One allocation, or one with ranks and one without: the size is known without trying, what it loses is not."""
+    plans = [planner.fitting(limits) for planner in planners]
     yield ScoreRequest(plans=tuple(plans), stage="assemble")
-    judged = [ledger.judge(problem, plan, planners[0].kept_fraction(plan), 1) for plan in plans]
+    judged = [
+        ledger.judge(problem, plan, limits.get(problem.objective, problem.fraction(plan.widths())), 1) for plan in plans
+    ]
     chosen = min(judged, key=lambda candidate: candidate.accuracy_drop or 0.0)
     return ledger.finish(chosen, chosen.accepted)
 
 
-def _smallest_of(
-    problem: AllocationProblem, planners: Sequence[Planner], ledger: Ledger, config: PruneConfig, limits: Limits
+def _smaller_of_both(
+    problem: AllocationProblem,
+    paths: Mapping[str, SparsityPath],
+    ranks: RankChoice,
+    ledger: Ledger,
+    config: PruneConfig,
 ) -> SearchSteps:
-    """The smallest network of the first planner, then each other's that is within the budget at that size or below.
+    """The smallest network with layers of low rank, unless one without them is within the budget at that size.
 
-    One that is not costs a single further candidate.
+    Then that one is made smaller still. Otherwise a single further network was tried.
     """
-    found = yield from _by_accuracy(problem, planners[0], ledger, config, limits)
-    for planner in planners[1:]:
-        kept = planner.kept_fraction(found.chosen.plan)
-        if not found.budget_met or kept <= problem.fraction(problem.smallest()):
-            break
-        rival = yield from _by_accuracy(
-            problem, planner, ledger, config, {problem.objective: kept}, least=kept * _RIVAL_RANGE
-        )
-        found = rival if rival.budget_met else replace(found, candidates=rival.candidates)
-    return found
+    found = yield from _by_accuracy(problem, Planner(problem, paths, ranks), ledger, config, {})
+    chosen = found.chosen.plan
+    kept = problem.cost.evaluate(chosen.widths(), problem.objective, dict(chosen.ranks))
+    kept /= problem.cost.evaluate(problem.full(), problem.objective)
+    if not found.budget_met or kept <= problem.fraction(problem.smallest()):
+        return found
+    rival = yield from _by_accuracy(problem, Planner(problem, paths), ledger, config, {problem.objective: kept})
+    return rival if rival.budget_met else replace(found, candidates=rival.candidates)
 
 
 def _by_accuracy(
@@ -346,19 +351,18 @@ def _by_accuracy(
     ledger: Ledger,
     config: PruneConfig,
     limits: Limits,
-    least: float = 0.0,
 ) -> SearchSteps:
     """Narrow a bracket of kept fractions, several candidates per round, on a logarithmic scale.
 
     Further budgets bound the bracket from above; the largest network that they allow is tried first, for nothing
-    larger may be chosen, and the larger a network the less it loses. Nothing is tried at the `least` fraction or below.
+    larger may be chosen, and the larger a network the less it loses.
     """
-    bracket = _Bracket(low=max(least, _smallest_fraction(problem)), high=1.0)
+    bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
     if limits:
         plan = planner.plan_within(limits)
         yield ScoreRequest(plans=(plan,), stage="search, largest")
-        best = ledger.judge(problem, plan, planner.kept_fraction(plan), 1)
+        best = ledger.judge(problem, plan, problem.fraction(plan.widths()), 1)
         bracket.high, bracket.excess_high = best.kept_fraction, _log_ratio(best.upper_bound or 0.0, ledger.max_drop)
         if not best.accepted or bracket.low >= bracket.high:
             return ledger.finish(best, best.accepted)
