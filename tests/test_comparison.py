@@ -121,6 +121,7 @@ def test_equal_runs_differ_in_nothing() -> None:
         ({"data": make_report()["data"] | {"sha256": "ef" * 32}}, "different images"),
         ({"lineage": {"checkpoint_sha256": "12"}}, "different checkpoints"),
         ({"environment": {"cpus": 64}}, "different machines"),
+        ({"environment": {"cpu": "another one"}}, "different machines"),
         ({"budget_met": False}, r"#2 \(b\) did not meet its budget"),
         ({"certificate": {"passed": False}}, r"certificate of #2 \(b\) failed"),
     ],

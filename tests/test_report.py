@@ -16,6 +16,7 @@ from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -445,6 +446,7 @@ def test_environment_names_versions_and_nobody() -> None:
     assert content["python"] == platform.python_version()
     assert content["torch"]
     assert content["threads"] >= 1
+    assert content["cpu"].endswith(torch.backends.cpu.get_cpu_capability())
     for secret in (str(Path.home()), platform.node(), str(Path.cwd())):
         assert secret not in text
     assert getpass.getuser() not in {str(value) for value in content.values()}

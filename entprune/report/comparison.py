@@ -76,7 +76,7 @@ def collect_differences(runs: Runs) -> Iterator[str]:
 
 def _machine(report: Mapping[str, Any]) -> tuple[Any, ...]:
     surroundings = report.get("environment") or {}
-    return tuple(surroundings.get(name) for name in ("platform", "cpus", "gpu", "threads"))
+    return tuple(surroundings.get(name) for name in ("platform", "cpu", "cpus", "gpu", "threads"))
 
 
 def _figures(runs: Runs) -> str:

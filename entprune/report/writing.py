@@ -65,11 +65,21 @@ def environment() -> dict[str, Any]:
         **{package.replace("-", "_"): _version(package) for package in _PACKAGES},
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _cpu() -> str:
+    """Model of the processor where the system names it, and the widest instructions that torch uses of it."""
+    model, listing = platform.processor(), Path("/proc/cpuinfo")
+    if listing.is_file():
+        named = [line for line in listing.read_text(errors="replace").splitlines() if line.startswith("model name")]
+        model = named[0].partition(":")[2].strip() if named else model
+    return f"{model} {torch.backends.cpu.get_cpu_capability()}".strip()
 
 
 def file_stem(number: int, group: str) -> str:
