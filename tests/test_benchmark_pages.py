@@ -24,7 +24,7 @@ from infra.benchmark.published import Measured, nearest, published_section
 from infra.benchmark.records import Record, Subject
 from infra.benchmark.render import replace_between_markers, short_table
 from infra.benchmark.selectors import METHODS
-from infra.benchmark.tables import compare, exponent
+from infra.benchmark.tables import commits_line, compare, exponent
 from tests.benchmark_requests import RUN_WITH_VERSIONS, measure_to, page_of
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -33,6 +33,15 @@ from tests.benchmark_requests import RUN_WITH_VERSIONS, measure_to, page_of
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_the_fitted_exponent_is_that_of_the_curve(power: float) -> None:
     assert exponent([(n, 3.0 * n**power) for n in (1000, 3000, 50_000)]) == pytest.approx(power)
+
+
+def test_a_table_names_the_runs_that_its_cells_are_from() -> None:
+    environment = RUN_WITH_VERSIONS["environment"]
+    runs = [RUN_WITH_VERSIONS | {"code_commit": name, "environment": environment} for name in ("replaced", "old")]
+    runs.append(runs[0] | {"code_commit": "new", "environment": {**environment, "cpu": "Some CPU AVX2", "threads": 2}})
+    line = commits_line([{"runs": runs, "cells": [{"run": 2}, {"run": 1}, {"run": 2}]}])
+    assert "Commit new, old; torch 2; on Some CPU AVX2; threads 1, 2;" in line
+    assert "; on " not in commits_line([{"runs": runs, "cells": [{"run": 1}]}])
 
 
 @pytest.mark.parametrize("count", [1, 200, 10_001])

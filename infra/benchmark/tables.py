@@ -168,14 +168,16 @@ _WIDTHS = {"uniform": "uniform widths", "allocated": "ours"}
 
 
 def commits_line(records: Records) -> str:
-    """Code, versions and threads behind a table."""
-    runs = [run for record in records for run in record["runs"]]
+    """Code, versions, processors where they are known, and threads behind a table's cells."""
+    runs = [record["runs"][number] for record in records for number in sorted({c["run"] for c in record["cells"]})]
     commits = sorted({str(run["code_commit"])[:10] for run in runs})
     threads = sorted({run["environment"]["threads"] for run in runs})
     torches = sorted({run["environment"]["torch"] for run in runs})
     commands = sorted({run["command"] for run in runs})
+    processors = sorted({run["environment"].get("cpu", "") for run in runs} - {""})
+    on = f"on {', '.join(processors)}; " if processors else ""
     return (
-        f"<sub>Commit {', '.join(commits)}; torch {', '.join(torches)}; threads {', '.join(map(str, threads))}; "
+        f"<sub>Commit {', '.join(commits)}; torch {', '.join(torches)}; {on}threads {', '.join(map(str, threads))}; "
         f"`{'`, `'.join(commands)}`</sub>\n"
     )
 
