@@ -7,7 +7,7 @@ re-evaluated as its neighbours shrink.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -254,9 +254,10 @@ class AllocationProblem:
         step = self.round_to // math.gcd(self.round_to, self.blocks.get(name, 1))
         return np.asarray(width[(width % step == 0) | (width == dense)])
 
-    def fraction(self, widths: Mapping[str, int]) -> float:
-        """Fraction of the dense network's cost."""
-        return self.cost.evaluate(widths, self.objective) / self.cost.evaluate(self.full(), self.objective)
+    def fraction(self, widths: Mapping[str, int], ranks: Iterable[tuple[str, int]] = ()) -> float:
+        """Fraction of the dense network's cost, with ranks of layers that are made two."""
+        kept = self.cost.evaluate(widths, self.objective, dict(ranks))
+        return kept / self.cost.evaluate(self.full(), self.objective)
 
     def loss(self, widths: Mapping[str, int]) -> float:
         """Predicted loss: the sum over groups."""

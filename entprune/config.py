@@ -221,19 +221,6 @@ class PruneConfig:
         is_native = has_native_bfloat16(self.device)
         return "bfloat16" if is_native and macs >= _MUCH_SCORING else "float32"
 
-    def check_budget(self, budget: Budget) -> None:
-        """Refuse a budget that these settings do not go with.
-
-        Raises:
-            ConfigError: layers of low rank with several budgets, or with one of latency.
-        """
-        kinds = [name for name in budget.to_dict() if name != "latency_batch"]
-        if self.low_rank and (len(kinds) > 1 or "latency_removed" in kinds):
-            raise ConfigError(
-                "layers of low rank go with one budget, of accuracy, parameters or MACs, got "
-                f"{', '.join(kinds)}; give one of those, or leave the layers whole."
-            )
-
     def refit(self) -> RefitConfig:
         """How assembly re-estimates weights."""
         return RefitConfig(

@@ -18,6 +18,7 @@ from entprune.assembly import slice_network
 from entprune.config import Budget, PruneConfig
 from entprune.errors import ConfigError
 from entprune.evaluation import measure_latency
+from entprune.low_rank import new_pair
 from entprune.plan import PruningPlan
 from entprune.runner import torch_threads
 from entprune.stages import Network
@@ -28,7 +29,6 @@ _RESOLUTION = 1.05  # factor between the MACs of neighbouring sizes
 _MAX_STEPS = 8
 
 KeptLatency = Callable[[PruningPlan], float]  # fraction of the dense network's latency
-Widths = dict[str, int]
 
 
 class LatencyBudget:
@@ -78,11 +78,14 @@ def measure_kept_latency(network: Network, plan: PruningPlan, batch_size: int, t
 
     Args:
         network: dense.
-        plan: kept channels.
+        plan: kept channels and ranks.
         batch_size: images in one forward pass.
         threads: of torch.
     """
-    smaller = slice_network(network.model, network.groups, plan).eval()
+    smaller = slice_network(network.model, network.groups, plan)
+    for layer, rank in plan.ranks:
+        new_pair(smaller, layer, rank)
+    smaller.eval()
     return compare_latency(network.model, smaller, network.input_shape, batch_size, threads)
 
 
@@ -102,7 +105,7 @@ def compare_latency(
 def limit_macs(
     problem: AllocationProblem,
     limits: Limits,
-    kept_latency: Callable[[Widths], float],
+    kept_latency: Callable[[Limits], float],
     allowed: float,
 ) -> Limits:
     """Tighten the limits on the size until the latency is kept: MACs are bisected, for they go with it.
@@ -110,28 +113,27 @@ def limit_macs(
     Args:
         problem: what is allocated.
         limits: on the size, from other budgets.
-        kept_latency: measures the network of some widths.
+        kept_latency: measures the network that is made for limits.
         allowed: kept fraction of the dense network's latency.
 
     Raises:
         ConfigError: even the least widths take longer.
     """
-    if kept_latency(allocate_within(problem, limits)) <= allowed:
+    if kept_latency(limits) <= allowed:
         return limits
-    smallest = problem.smallest()
-    least = kept_latency(smallest)
+    macs = replace(problem, objective="macs")
+    low, high = macs.fraction(problem.smallest()) * (1 + 1e-9), macs.fraction(allocate_within(problem, limits))
+    least = kept_latency({**limits, "macs": low})
     if least > allowed:
         raise ConfigError(
             f"at most {1 - least:.1%} of the latency can be removed from this network on this machine, "
             f"{1 - allowed:.1%} was asked; lower the budget or the least widths."
         )
-    macs = replace(problem, objective="macs")
-    low, high = macs.fraction(smallest) * (1 + 1e-9), macs.fraction(allocate_within(problem, limits))
     for _ in range(_MAX_STEPS):
         if high / low <= _RESOLUTION:
             break
         middle = (low * high) ** 0.5
-        if kept_latency(allocate_within(problem, {**limits, "macs": middle})) <= allowed:
+        if kept_latency({**limits, "macs": middle}) <= allowed:
             low = middle
         else:
             high = middle

@@ -87,18 +87,23 @@ class Planner:
         return max(0.0, (problem.loss(other) - problem.loss(widths)) / saved) if saved else 0.0
 
     def fitting(self, limits: Limits) -> PruningPlan:
-        """The plan within these limits; with ranks there is one, and layers are as wide as the ranks leave room for."""
-        plan, problem = self.plan_within(limits), self._problem
+        """The plan within these limits whose layers are as wide as its ranks leave room for."""
+        plan = self.plan_within(limits)
         if not plan.ranks:
             return plan
-        (limit,) = limits.values()
-        dense = problem.cost.evaluate(problem.full(), problem.objective)
-        low, high = limit, 1.0
+        low, high = 1.0, 1.0 / min(limits.values())  # how many times over the limits its widths alone are
         for _ in range(_SIZE_BISECTIONS):
             middle = (low * high) ** 0.5
-            wider = self._plan(allocate(problem, middle))
-            if problem.cost.evaluate(wider.widths(), problem.objective, dict(wider.ranks)) <= limit * dense:
+            wider = self.plan_within({objective: min(1.0, middle * limit) for objective, limit in limits.items()})
+            if self._keeps_to(limits, wider):
                 plan, low = wider, middle
             else:
                 high = middle
         return plan
+
+    def _keeps_to(self, limits: Limits, plan: PruningPlan) -> bool:
+        cost, full, widths = self._problem.cost, self._problem.full(), plan.widths()
+        return all(
+            cost.evaluate(widths, objective, dict(plan.ranks)) <= limit * cost.evaluate(full, objective)
+            for objective, limit in limits.items()
+        )

@@ -120,7 +120,6 @@ def prune(
         ConfigError, DataError, ModelError: an input is unusable; the message says which and what to do.
     """
     config = config or PruneConfig()
-    config.check_budget(budget)
     unlabelled = as_split(calibration)
     labelled = None if evaluate is None else as_split(evaluate, labelled=True)
     test_set = None if test is None else whole_split(as_split(test, labelled=True), None)

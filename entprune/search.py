@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from entprune.errors import ConfigError
 from entprune.latency import KeptLatency, LatencyBudget, latency_budget, limit_macs
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan
-from entprune.planning import Planner, allocation_problem, plan_for_widths
+from entprune.planning import Planner, allocation_problem
 from entprune.rank_choice import RankChoice, rank_choice
 from entprune.runner import Runner
 from entprune.scoring import ScoreTask, score_all
@@ -172,15 +173,37 @@ def search_steps(
         ConfigError: a size or latency budget that even the least widths do not reach.
     """
     problem = allocation_problem(paths, cost, config, _objective(budget, config), dense_widths)
-    limits, latency = budget.size_limits(), ledger.latency
-    if latency is not None:
-        limits = dict(limit_macs(problem, limits, lambda w: latency.kept(plan_for_widths(paths, w)), latency.limit))
+    plannings = [_Planning.within(budget, problem, Planner(problem, paths), ledger.latency)]
+    if ranks is not None:
+        with suppress(ConfigError):  # no latency is low enough with ranks; without them one is
+            thin = Planner(problem, paths, ranks)
+            plannings.insert(0, _Planning.within(budget, problem, thin, ledger.latency))
     if budget.max_accuracy_drop is not None:
-        if ranks is not None:
-            return _smaller_of_both(problem, paths, ranks, ledger, config)
-        return _by_accuracy(problem, Planner(problem, paths), ledger, config, limits)
-    planners = [Planner(problem, paths, ranks)] if ranks is not None else []
-    return _by_size(problem, [*planners, Planner(problem, paths)], ledger, limits)
+        return _smallest_of(problem, plannings, ledger, config)
+    return _by_size(problem, plannings, ledger)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planning:
+    """Who makes plans, within what limits of size (where latency is limited: of MACs that were found for these plans)."""
+
+    planner: Planner
+    limits: Limits
+    is_timed: bool
+
+    @classmethod
+    def within(
+        cls, budget: Budget, problem: AllocationProblem, planner: Planner, latency: LatencyBudget | None
+    ) -> _Planning:
+        """What a budget of size allows, and how many MACs one of latency."""
+        limits: Limits = budget.size_limits()
+        if latency is not None:
+            limits = limit_macs(problem, limits, lambda tried: latency.kept(planner.plan_within(tried)), latency.limit)
+        return cls(planner, limits, latency is not None)
+
+    def largest(self) -> PruningPlan:
+        """The largest network within the limits; what room ranks leave is filled unless that would take time."""
+        return self.planner.plan_within(self.limits) if self.is_timed else self.planner.fitting(self.limits)
 
 
 def _objective(budget: Budget, config: PruneConfig) -> Objective:
@@ -313,54 +336,57 @@ class _Scorer:
         score_all(tasks, self._runner, stage=request.stage, on_score=collect)
 
 
-def _by_size(problem: AllocationProblem, planners: Sequence[Planner], ledger: Ledger, limits: Limits) -> SearchSteps:
-    """One allocation, or one with ranks and one without: the size is known without trying, what it loses is not."""
-    plans = [planner.fitting(limits) for planner in planners]
+def _by_size(problem: AllocationProblem, plannings: Sequence[_Planning], ledger: Ledger) -> SearchSteps:
+    """One plan, or one with ranks and one without: the size is known without trying, what it loses is not."""
+    plans = [entry.largest() for entry in plannings]
     yield ScoreRequest(plans=tuple(plans), stage="assemble")
-    judged = [
-        ledger.judge(problem, plan, limits.get(problem.objective, problem.fraction(plan.widths())), 1) for plan in plans
-    ]
-    chosen = min(judged, key=lambda candidate: candidate.accuracy_drop or 0.0)
+    judged = [ledger.judge(problem, plan, _kept(problem, plan), 1) for plan in plans]
+    chosen = min(judged, key=lambda candidate: (not candidate.accepted, candidate.accuracy_drop or 0.0))
     return ledger.finish(chosen, chosen.accepted)
 
 
-def _smaller_of_both(
-    problem: AllocationProblem,
-    paths: Mapping[str, SparsityPath],
-    ranks: RankChoice,
-    ledger: Ledger,
-    config: PruneConfig,
+def _smallest_of(
+    problem: AllocationProblem, plannings: Sequence[_Planning], ledger: Ledger, config: PruneConfig
 ) -> SearchSteps:
     """The smallest network with layers of low rank, unless one without them is within the budget at that size.
 
     Then that one is made smaller still. Otherwise a single further network was tried.
     """
-    found = yield from _by_accuracy(problem, Planner(problem, paths, ranks), ledger, config, {})
-    chosen = found.chosen.plan
-    kept = problem.cost.evaluate(chosen.widths(), problem.objective, dict(chosen.ranks))
-    kept /= problem.cost.evaluate(problem.full(), problem.objective)
-    if not found.budget_met or kept <= problem.fraction(problem.smallest()):
-        return found
-    rival = yield from _by_accuracy(problem, Planner(problem, paths), ledger, config, {problem.objective: kept})
-    return rival if rival.budget_met else replace(found, candidates=rival.candidates)
+    first, *others = plannings
+    found = yield from _by_accuracy(problem, first, ledger, config)
+    for entry in others:
+        limits = dict(entry.limits)
+        if found.budget_met:
+            limits[problem.objective] = min(limits.get(problem.objective, 1.0), _kept(problem, found.chosen.plan))
+            if limits[problem.objective] <= problem.fraction(problem.smallest()):
+                break
+        elif not limits:
+            break  # it lost too much with next to nothing removed
+        rival = yield from _by_accuracy(problem, replace(entry, limits=limits), ledger, config)
+        is_better = rival.budget_met or (not found.budget_met and _bound(rival.chosen) < _bound(found.chosen))
+        found = rival if is_better else replace(found, candidates=rival.candidates)
+    return found
 
 
-def _by_accuracy(
-    problem: AllocationProblem,
-    planner: Planner,
-    ledger: Ledger,
-    config: PruneConfig,
-    limits: Limits,
-) -> SearchSteps:
+def _kept(problem: AllocationProblem, plan: PruningPlan) -> float:
+    return problem.fraction(plan.widths(), plan.ranks)
+
+
+def _bound(candidate: Candidate) -> float:
+    return math.inf if candidate.upper_bound is None else candidate.upper_bound
+
+
+def _by_accuracy(problem: AllocationProblem, planning: _Planning, ledger: Ledger, config: PruneConfig) -> SearchSteps:
     """Narrow a bracket of kept fractions, several candidates per round, on a logarithmic scale.
 
     Further budgets bound the bracket from above; the largest network that they allow is tried first, for nothing
     larger may be chosen, and the larger a network the less it loses.
     """
+    planner, limits = planning.planner, planning.limits
     bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
     if limits:
-        plan = planner.plan_within(limits)
+        plan = planning.largest()
         yield ScoreRequest(plans=(plan,), stage="search, largest")
         best = ledger.judge(problem, plan, problem.fraction(plan.widths()), 1)
         bracket.high, bracket.excess_high = best.kept_fraction, _log_ratio(best.upper_bound or 0.0, ledger.max_drop)

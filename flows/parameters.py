@@ -139,7 +139,8 @@ with warnings.catch_warnings():
 
         @model_validator(mode="after")
         def _check_derived(self) -> Self:
-            self.config().check_budget(self.budget())
+            self.budget()
+            self.config()
             self.finetuning()
             if self.low_rank and self.rounds > 1:
                 raise ConfigError(

@@ -23,7 +23,7 @@ from entprune.models import build_model
 from entprune.plan import GroupPlan, PruningPlan, compose_plans
 from entprune.pruning import certify_result
 from entprune.rank_choice import RankChoice, missed_variance
-from entprune.stages import ImageSet, analyse
+from entprune.stages import ImageSet, Network, analyse
 from entprune.training import TrainConfig, train
 
 CONFIG = PruneConfig(calibration_samples=512, min_rows=2000, low_rank=True)
@@ -205,16 +205,6 @@ def test_kept_channels_alone_count() -> None:
     assert dict(choice.complete(less, 1e-7, "parameters").ranks).get("second", 2) <= 2
 
 
-@pytest.mark.parametrize(
-    "budget",
-    [Budget(max_accuracy_drop=1.0, macs_removed=0.2), Budget(latency_removed=0.3)],
-)
-def test_other_budgets_are_refused(budget: Budget) -> None:
-    with pytest.raises(ConfigError, match="go with one budget, of accuracy, parameters or MACs, got"):
-        prune(nn.Identity(), torch.zeros(2, 1, 8, 8), budget=budget, config=CONFIG)  # before anything is computed
-    PruneConfig().check_budget(budget)
-
-
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +269,52 @@ def test_an_accuracy_budget_is_searched_with_ranks(trained: nn.Module) -> None:
         for low_rank in (True, False)
     }
     assert sizes[True]["parameters"] < sizes[False]["parameters"]
+
+
+@pytest.mark.parametrize("budget", [
+    {"parameters_removed": 0.93, "macs_removed": 0.6},
+    {"parameters_removed": 0.5, "macs_removed": 0.85},
+    {"max_accuracy_drop": 5.0, "parameters_removed": 0.9},
+    {"max_accuracy_drop": 5.0, "macs_removed": 0.8},
+])  # fmt: skip
+def test_several_budgets_hold_together(trained: nn.Module, budget: dict[str, float]) -> None:
+    result = pruned(trained, replace(CONFIG, drop_estimate="labels"), **budget)
+    assert result.report["budget_met"]
+    assert result.plan.ranks
+    sizes = {kind: asked for kind, asked in budget.items() if kind != "max_accuracy_drop"}
+    for kind, asked in sizes.items():
+        assert result.report["one_shot"][kind] >= asked
+    if len(sizes) == 2:  # and no more goes than must
+        assert min(result.report["one_shot"][kind] - asked for kind, asked in sizes.items()) < 0.06
+
+
+def test_latency_is_that_of_the_two_layers(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[nn.Module] = []
+
+    def compare(dense: nn.Module, smaller: nn.Module, *_: object) -> float:
+        timed.append(smaller)
+        return count_macs(smaller, (1, 8, 8)) / count_macs(dense, (1, 8, 8))
+
+    monkeypatch.setattr("entprune.latency.compare_latency", compare)
+    result = pruned(trained, latency_removed=0.8)
+    assert result.report["budget_met"]
+    assert result.plan.ranks
+    assert result.report["one_shot"]["macs_removed"] >= 0.8
+    chosen = next(entry for entry in result.report["candidates"] if entry["chosen"])
+    assert chosen["latency_kept"] == pytest.approx(chosen["macs"] / count_macs(trained, (1, 8, 8)))
+    assert count_macs(result.model, (1, 8, 8)) in {count_macs(model, (1, 8, 8)) for model in timed}
+
+
+def test_channels_alone_meet_a_latency_that_two_layers_cannot(
+    trained: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(network: Network, plan: PruningPlan, *, batch_size: int, threads: int) -> float:
+        return 2.0 if plan.ranks else network.cost.macs(plan.widths()) / network.dense_macs()
+
+    monkeypatch.setattr("entprune.latency.measure_kept_latency", kept)
+    result = pruned(trained, latency_removed=0.8)
+    assert result.report["budget_met"]
+    assert result.plan.ranks == ()
 
 
 @pytest.mark.parametrize("part", ["reduce", "expand"])
