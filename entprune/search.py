@@ -185,7 +185,7 @@ def search_steps(
 
 @dataclass(frozen=True, slots=True)
 class _Planning:
-    """Who makes plans, within what limits of size (where latency is limited: of MACs that were found for these plans)."""
+    """Who makes plans, and within what limits of size; a limit of latency became one of MACs, for these plans."""
 
     planner: Planner
     limits: Limits
