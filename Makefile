@@ -8,10 +8,10 @@
 # make clean   remove caches, builds and the demo's results; .venv stays
 #
 # PYTHON picks the interpreter (3.11 or newer); PYTEST_ARGS goes to pytest, for example PYTEST_ARGS="-m slow".
-# With PYTEST_ARGS="-n 2 --dist loadfile --no-loadscope-reorder" two processes share the tests file by file.
+# Without it two processes share the tests file by file; PYTEST_ARGS= runs them in one.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 ONLY ?= *
 PART ?= all
 NETWORK ?= all
