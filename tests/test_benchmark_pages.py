@@ -24,7 +24,7 @@ from infra.benchmark.published import Measured, nearest, published_section
 from infra.benchmark.records import Record, Subject
 from infra.benchmark.render import replace_between_markers, short_table
 from infra.benchmark.selectors import METHODS
-from infra.benchmark.tables import commits_line, compare, exponent
+from infra.benchmark.tables import commits_line, compare, exponent, standing
 from tests.benchmark_requests import RUN_WITH_VERSIONS, measure_to, page_of
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -117,6 +117,30 @@ def test_seeds_are_averaged_and_pages_are_the_same_every_time(tmp_path: Path) ->
     assert page_of(tmp_path / "results", tmp_path / "out") == text
     assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "plots").iterdir()} == first
     assert "50.11 ± 0.11" in short_table(tmp_path / "results")
+
+
+def selection_records(accuracies: dict[tuple[str, str, str], float]) -> list[dict[str, Any]]:
+    """One budget's record, with accuracies by (method, weights, widths)."""
+    cells = [
+        {"key": {"method": method, "weights": weights, "widths": widths}, "values": {"accuracy": accuracy}}
+        for (method, weights, widths), accuracy in accuracies.items()
+    ]
+    return [{"budget": "macs_removed-0.5", "facts": {"test_samples": 10_000}, "cells": cells}]
+
+
+def test_standing_counts_cells_with_rivals_and_the_lead_over_the_best_of_them() -> None:
+    ahead = {
+        ("ours", "refit", "allocated"): 92.0, ("l1", "refit", "allocated"): 90.0, ("ours", "refit", "uniform"): 80.0,
+        ("ours", "plain", "uniform"): 91.9, ("l1", "plain", "uniform"): 50.0, ("fpgm", "plain", "uniform"): 60.0,
+    }  # fmt: skip
+    behind = {
+        ("ours", "refit", "allocated"): 90.0, ("taylor", "refit", "allocated"): 92.0,
+        ("ours", "refit", "uniform"): 80.0, ("l1", "refit", "uniform"): 80.2, ("l1", "plain", "uniform"): 48.0,
+    }  # fmt: skip
+    (line,) = standing({"a": selection_records(ahead), "b": selection_records(behind)})
+    assert "in 1 of 2 cells with refit, our widths and in 1 of 1 cells with refit, uniform widths: **2 of 3**" in line
+    assert "32.0 points ahead at the least and 37.0 in the median of 2 cells" in line
+    assert standing({"a": selection_records({("ours", "refit", "allocated"): 90.0})}) == []
 
 
 def test_seeds_of_a_tuned_network_have_their_medians(tmp_path: Path) -> None:

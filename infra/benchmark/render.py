@@ -85,7 +85,7 @@ def page(results: Path, drawings: Mapping[str, str]) -> str:
     """All sections."""
     lines = ["## Who chooses better, and what the refit adds\n"]
     found = tables.by_network(list(all_records("selection", results)))
-    lines += [f"{tables.LEGEND}\n"] if found else []
+    lines += [f"{tables.LEGEND}\n", *tables.standing(found)] if found else []
     for network, records in found.items():
         lines += tables.selection_section(network, records)
         lines += [f"![{network}](plots/{name})\n" for name in drawings if name.startswith(f"selection-{network}-")]

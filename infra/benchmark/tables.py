@@ -132,6 +132,44 @@ def selection_section(network: str, records: Records) -> list[str]:
     return [*lines, sizes_line(records), commits_line(records)]
 
 
+def standing(networks: Mapping[str, Records]) -> list[str]:
+    """How often this project's choice is first or level with the first, and how far its networks are ahead of others'.
+
+    Args:
+        networks: records of the part `selection` by network.
+    """
+    counts: dict[tuple[str, str], list[bool]] = {}
+    margins: list[float] = []
+    for records in networks.values():
+        cells = collect_cells(records)
+        for budget in budgets_of(records):
+            for variant in _WITH_REFIT:
+                rivals = [cells.get((budget, method, *variant), []) for method in METHOD_NAMES]
+                if rivals[0] and any(rivals[1:]):
+                    own = compare(rivals, image_count(records))[0]
+                    counts.setdefault(variant, []).append(own.startswith("**") or own.endswith(LEVEL))
+            own_network = cells.get((budget, "ours", *_WITH_REFIT[0]), [])
+            others = [cells.get((budget, method, *_AS_USED), []) for method in METHOD_NAMES if method != "ours"]
+            if own_network and any(others):
+                best = max(mean_accuracy(values) for values in others if values)
+                margins.append(mean_accuracy(own_network) - best)
+    if not counts or not margins:
+        return []
+    told = [f"{sum(firsts)} of {len(firsts)} cells with {VARIANT_NAMES[variant]}" for variant, firsts in counts.items()]
+    firsts = [is_first for column in counts.values() for is_first in column]
+    text = (
+        f"entprune's choice is first or level with the first in {' and in '.join(told)}: **{sum(firsts)} of "
+        f"{len(firsts)}**. Beside the best of the others as their users run them (plain, uniform widths) its network "
+        f"(refit, its widths) is {min(margins):.1f} points ahead at the least and {statistics.median(margins):.1f} in "
+        f"the median of {len(margins)} cells.\n"
+    )
+    return [text]
+
+
+_WITH_REFIT = (("refit", "allocated"), ("refit", "uniform"))
+_AS_USED = ("plain", "uniform")
+
+
 def image_count(records: Records) -> int:
     """Number of images behind each accuracy."""
     return int(records[0]["facts"]["test_samples"])
