@@ -145,7 +145,7 @@ class TunedMeter:
             "one_shot_accuracy": pruned.one_shot["accuracy"],
             "tuned_accuracy": bench.accuracy(turns.tuned),
             "prune_seconds": round(turns.prune_seconds, 1),
-            "epoch_seconds": round(turns.tuning_seconds / recipe.tuning.epochs / recipe.rounds, 1),
+            "epoch_seconds": round(turns.tuning_seconds / recipe.tuning.epochs / recipe.rounds, 3),
             "batch_size": recipe.tuning.batch_size,
             "threads": bench.config.threads,
         }
