@@ -13,6 +13,7 @@ from entprune.rank_choice import RankChoice
 
 _PRICE_STEP = 0.9  # size of the network that the price is taken from, in units of the present one
 _SIZE_BISECTIONS = 12
+_ROUNDING = 1.0 + 1e-12
 
 
 def allocation_problem(
@@ -95,15 +96,16 @@ class Planner:
         for _ in range(_SIZE_BISECTIONS):
             middle = (low * high) ** 0.5
             wider = self.plan_within({objective: min(1.0, middle * limit) for objective, limit in limits.items()})
-            if self._keeps_to(limits, wider):
+            if self.keeps_to(limits, wider):
                 plan, low = wider, middle
             else:
                 high = middle
         return plan
 
-    def _keeps_to(self, limits: Limits, plan: PruningPlan) -> bool:
+    def keeps_to(self, limits: Limits, plan: PruningPlan) -> bool:
+        """Whether a plan with its ranks is within limits of size."""
         cost, full, widths = self._problem.cost, self._problem.full(), plan.widths()
         return all(
-            cost.evaluate(widths, objective, dict(plan.ranks)) <= limit * cost.evaluate(full, objective)
+            cost.evaluate(widths, objective, dict(plan.ranks)) <= limit * cost.evaluate(full, objective) * _ROUNDING
             for objective, limit in limits.items()
         )

@@ -201,6 +201,11 @@ class _Planning:
             limits = limit_macs(problem, limits, lambda tried: latency.kept(planner.plan_within(tried)), latency.limit)
         return cls(planner, limits, latency is not None)
 
+    def plan(self, objective: Objective, fraction: float) -> PruningPlan:
+        """The plan whose widths are of this size; where its ranks leave it above a limit, one within the limits."""
+        plan = self.planner.plan_within({**self.limits, objective: fraction})
+        return plan if self.planner.keeps_to(self.limits, plan) else self.planner.plan_within(self.limits)
+
     def largest(self) -> PruningPlan:
         """The largest network within the limits; what room ranks leave is filled unless that would take time."""
         return self.planner.plan_within(self.limits) if self.is_timed else self.planner.fitting(self.limits)
@@ -382,10 +387,9 @@ def _by_accuracy(problem: AllocationProblem, planning: _Planning, ledger: Ledger
     Further budgets bound the bracket from above; the largest network that they allow is tried first, for nothing
     larger may be chosen, and the larger a network the less it loses.
     """
-    planner, limits = planning.planner, planning.limits
     bracket = _Bracket(low=_smallest_fraction(problem), high=1.0)
     best: Candidate | None = None
-    if limits:
+    if planning.limits:
         plan = planning.largest()
         yield ScoreRequest(plans=(plan,), stage="search, largest")
         best = ledger.judge(problem, plan, problem.fraction(plan.widths()), 1)
@@ -396,7 +400,7 @@ def _by_accuracy(problem: AllocationProblem, planning: _Planning, ledger: Ledger
         if number > 1 and bracket.is_narrow(config.resolution):
             break
         inner = bracket.next_fractions(config)
-        plans = [planner.plan_within({**limits, problem.objective: float(fraction)}) for fraction in inner]
+        plans = [planning.plan(problem.objective, float(fraction)) for fraction in inner]
         yield ScoreRequest(plans=tuple(plans), stage=f"search, round {number}")
         judged = [
             ledger.judge(problem, plan, float(fraction), number) for plan, fraction in zip(plans, inner, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +18,7 @@ from entprune.errors import ConfigError
 from entprune.path import PathSetting, SettingPath, SparsityPath
 from entprune.plan import PruningPlan
 from entprune.runner import OnResult, Work
-from entprune.search import SearchResult, _Bracket, search
+from entprune.search import SearchResult, _Bracket, _Planning, search
 from entprune.selection import DenseReference, StopRule
 
 NUM_IMAGES = 400
@@ -342,6 +342,20 @@ def test_impossible_pair_removes_what_was_asked_and_says_that_accuracy_failed() 
     assert found.chosen.missed == ("max_accuracy_drop",)
     assert 0.4 <= share_removed(found) <= 0.46
     assert len(scorer.scored) == 1  # everything smaller loses more
+
+
+def test_a_plan_that_its_ranks_leave_above_a_limit_is_made_within_it() -> None:
+    class Sizes:
+        """Plans are their size."""
+
+        def plan_within(self, limits: Mapping[str, float]) -> float:
+            return limits["parameters"]
+
+        def keeps_to(self, limits: Mapping[str, float], plan: float) -> bool:
+            return plan <= limits["parameters"]
+
+    planning = _Planning(cast("Any", Sizes()), {"parameters": 0.5}, is_timed=False)
+    assert [planning.plan("parameters", asked) for asked in (0.4, 0.7)] == [0.4, 0.5]
 
 
 def test_latency_alone_removes_no_more_than_it_must() -> None:
