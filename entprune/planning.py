@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from entprune.allocation import AllocationProblem, CostModel, Limits, Objective, allocate, allocate_within
 from entprune.config import PruneConfig
@@ -104,8 +105,7 @@ class Planner:
 
     def keeps_to(self, limits: Limits, plan: PruningPlan) -> bool:
         """Whether a plan with its ranks is within limits of size."""
-        cost, full, widths = self._problem.cost, self._problem.full(), plan.widths()
         return all(
-            cost.evaluate(widths, objective, dict(plan.ranks)) <= limit * cost.evaluate(full, objective) * _ROUNDING
+            replace(self._problem, objective=objective).fraction(plan.widths(), plan.ranks) <= limit * _ROUNDING
             for objective, limit in limits.items()
         )

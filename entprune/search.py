@@ -345,7 +345,10 @@ def _by_size(problem: AllocationProblem, plannings: Sequence[_Planning], ledger:
     """One plan, or one with ranks and one without: the size is known without trying, what it loses is not."""
     plans = [entry.largest() for entry in plannings]
     yield ScoreRequest(plans=tuple(plans), stage="assemble")
-    judged = [ledger.judge(problem, plan, _kept(problem, plan), 1) for plan in plans]
+    judged = [
+        ledger.judge(problem, plan, entry.limits.get(problem.objective, _kept(problem, plan)), 1)
+        for plan, entry in zip(plans, plannings, strict=True)
+    ]
     chosen = min(judged, key=lambda candidate: (not candidate.accepted, candidate.accuracy_drop or 0.0))
     return ledger.finish(chosen, chosen.accepted)
 
@@ -368,17 +371,12 @@ def _smallest_of(
         elif not limits:
             break  # it lost too much with next to nothing removed
         rival = yield from _by_accuracy(problem, replace(entry, limits=limits), ledger, config)
-        is_better = rival.budget_met or (not found.budget_met and _bound(rival.chosen) < _bound(found.chosen))
-        found = rival if is_better else replace(found, candidates=rival.candidates)
-    return found
+        found = rival if rival.budget_met else replace(found, candidates=rival.candidates)
+    return found if found.budget_met else ledger.finish(ledger.nearest(), False)
 
 
 def _kept(problem: AllocationProblem, plan: PruningPlan) -> float:
     return problem.fraction(plan.widths(), plan.ranks)
-
-
-def _bound(candidate: Candidate) -> float:
-    return math.inf if candidate.upper_bound is None else candidate.upper_bound
 
 
 def _by_accuracy(problem: AllocationProblem, planning: _Planning, ledger: Ledger, config: PruneConfig) -> SearchSteps:

@@ -28,14 +28,25 @@ def test_figure_is_the_quotient_of_medians_of_alternating_measurements(monkeypat
     assert timed == [dense, smaller] * 3
 
 
-def test_network_of_a_tenth_of_the_channels_is_faster() -> None:
-    network = analyse(
-        nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU(), nn.Conv2d(256, 256, 3)), (3, 16, 16), PruneConfig()
-    )
+def test_what_is_timed_is_the_network_cut_to_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[int, object]] = []
+
+    def compare(dense: nn.Module, smaller: nn.Module, *settings: object) -> float:
+        timed.append((sum(p.numel() for p in smaller.parameters()), settings))
+        return timed[-1][0] / sum(p.numel() for p in dense.parameters())
+
+    monkeypatch.setattr("entprune.latency.compare_latency", compare)
+    network = analyse(nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Conv2d(20, 5, 3)), (3, 16, 16), PruneConfig())
     (group,) = network.groups.groups
-    plan = PruningPlan(groups=(GroupPlan(name=group.name, num_channels=256, kept_channels=tuple(range(25))),))
-    assert measure_kept_latency(network, plan, 4, 1) < 0.6
-    assert 0.5 < measure_kept_latency(network, full_plan(network.groups), 4, 1) < 2.0
+    plan = PruningPlan(groups=(GroupPlan(name=group.name, num_channels=20, kept_channels=(3, 7)),))
+    left = 2 * (3 * 9 + 1) + 5 * (2 * 9 + 1)
+    assert measure_kept_latency(network, plan, 4, 1) == left / (20 * (3 * 9 + 1) + 5 * (20 * 9 + 1))
+    assert measure_kept_latency(network, full_plan(network.groups), 4, 1) == 1.0
+    assert timed[0] == (left, ((3, 16, 16), 4, 1))
+
+
+def test_two_networks_are_really_timed() -> None:
+    assert compare_latency(nn.Conv2d(3, 8, 3), nn.Conv2d(3, 4, 3), (3, 16, 16), 4, 1) > 0.0
 
 
 def test_latency_budget_in_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,6 +288,16 @@ def test_several_budgets_hold_together(trained: nn.Module, budget: dict[str, flo
         assert min(result.report["one_shot"][kind] - asked for kind, asked in sizes.items()) < 0.06
 
 
+def test_of_two_networks_that_lose_too_much_the_one_that_loses_less_is_given(trained: nn.Module) -> None:
+    config = replace(CONFIG, drop_estimate="labels")
+    report = pruned(trained, config, max_accuracy_drop=0.5, parameters_removed=0.99).report
+    assert not report["budget_met"]
+    bounds = [candidate["drop_upper_bound"] for candidate in report["candidates"]]
+    assert len(bounds) == 2  # with ranks and without
+    assert len(set(bounds)) == 2
+    assert next(c for c in report["candidates"] if c["chosen"])["drop_upper_bound"] == min(bounds)
+
+
 def test_latency_is_that_of_the_two_layers(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[nn.Module] = []
 
