@@ -11,7 +11,7 @@ Axes: t sampled rows, d kept features, m kept outputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,10 +40,13 @@ from entprune.rectifiers import CutOff, cut_off, find_rectifiers
 from entprune.refit import make_fit
 from entprune.repeated import refit_repeated
 from entprune.residuals import Residual, find_norms, inverse_gain, output_gain
+from entprune.spill import SpillingStore, Step, Values
 from entprune.tracing import called_modules, trace
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
 HELD_NUMBERS = 2**28  # a gigabyte: rows of one layer up to this size are held while it is refit
+HELD_BYTES = 2**30  # activations of all images up to this size are held in main memory, the rest in files
+_FREE_SHARE = 0.5  # of a device's free memory, in place of that
 _PULL = 0.1  # of the dense answer where a ReLU cuts it off
 
 
@@ -82,6 +85,8 @@ class RefitData:
         sampling: the sampling plan of those statistics.
         residuals: layers whose answers include the dense summand of a residual addition, in the layer's own units.
         held_numbers: rows of one layer up to this size are held while it is refit, others read again for each step.
+        held_bytes: activations of all images up to this size are held, the rest spilled (:mod:`entprune.spill`); None
+            for a gigabyte, or half of what is free on a device other than the CPU.
     """
 
     split: ImageSplit
@@ -90,6 +95,7 @@ class RefitData:
     sampling: SamplingPlan
     residuals: tuple[Residual, ...] = ()
     held_numbers: int = HELD_NUMBERS
+    held_bytes: int | None = None
 
 
 def slice_network(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:
@@ -177,6 +183,9 @@ class _RefitWalk:
         self._smaller, self._dense = smaller, dense
         self._selection, self._statistics, self._sampling = selection, data.statistics, data.sampling
         self._data, self._config, self._device = data, config, device
+        size = data.sampling.batch_size
+        self._batches = [data.indices[start : start + size] for start in range(0, len(data.indices), size)]
+        self._store = SpillingStore(_limit(data.held_bytes, device))
         self._changed = False
         by_name = {node.name: node for node in graph.nodes}
         self._residuals = {entry.layer: (entry, by_name[entry.other]) for entry in data.residuals}
@@ -186,45 +195,42 @@ class _RefitWalk:
         self._output_layer = find_output_layer(graph, dense) if config.output_temperature else None
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
-        """Walk the graph; activations of all batches are held until their last use."""
-        size, indices = self._sampling.batch_size, self._data.indices
-        batches = [self._data.split.batch(indices[i : i + size]).to(self._device) for i in range(0, len(indices), size)]
+        """Walk the graph; activations of all batches are kept until their last use."""
         nodes = list(self._graph.nodes)
         last_use = {used: node for node in nodes for used in node.all_input_nodes}
-        values: dict[fx.Node, list[Any]] = {}
+        values: dict[fx.Node, Values] = {}
         for number, node in enumerate(nodes):
             if node.op == "output":
                 break
-            values[node] = self._evaluate(node, values, batches)
+            values[node] = self._evaluate(node, values)
             for used in [candidate for candidate in values if last_use.get(candidate) is node]:
-                del values[used]
+                self._store.release(values.pop(used))
             if progress is not None:
                 progress(number + 1, len(nodes))
 
-    def _evaluate(self, node: fx.Node, values: dict[fx.Node, list[Any]], batches: list[Tensor]) -> list[Any]:
-        if node.op == "placeholder":
-            return [batch.clone() for batch in batches]
+    def _evaluate(self, node: fx.Node, values: dict[fx.Node, Values]) -> Values:
         if node.op == "get_attr":
-            return [_attribute(self._smaller, str(node.target))] * len(batches)
-        if node.op == "call_module":
-            inputs = [self._argument(node.args[0], values, batch) for batch in range(len(batches))]
-            self._visit(str(node.target), inputs, values)
-        return [self._call(node, values, batch) for batch in range(len(batches))]
+            return Values([_attribute(self._smaller, str(node.target))] * len(self._batches))
+        if node.op == "call_module" and isinstance(node.args[0], fx.Node):
+            self._visit(str(node.target), values[node.args[0]], values)
+        results = Values()
+        for batch, indices in enumerate(self._batches):
+            step = self._store.step()
+            if node.op == "placeholder":
+                step.put(results, self._data.split.batch(indices).to(self._device, copy=True))
+            else:
+                step.put(results, self._call(node, partial(_read, step, values, batch)))
+        return results
 
-    def _call(self, node: fx.Node, values: dict[fx.Node, list[Any]], batch: int) -> Any:
-        args = self._argument(node.args, values, batch)
-        kwargs = self._argument(node.kwargs, values, batch)
+    def _call(self, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
         if node.op == "call_module":
             return self._smaller.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
 
-    @staticmethod
-    def _argument(argument: Any, values: dict[fx.Node, list[Any]], batch: int) -> Any:
-        return fx.node.map_arg(argument, lambda used: values[used][batch])
-
-    def _visit(self, name: str, inputs: list[Any], values: dict[fx.Node, list[Any]]) -> None:
+    def _visit(self, name: str, inputs: Values, values: Mapping[fx.Node, Values]) -> None:
         """Re-estimate one module before it is run."""
         layer = self._smaller.get_submodule(name)
         entry = self._selection.get(name, LayerSelection())
@@ -266,8 +272,8 @@ class _RefitWalk:
         name: str,
         layer: nn.Conv2d | nn.Linear,
         entry: LayerSelection,
-        inputs: list[Tensor],
-        summands: list[Tensor] | None,
+        inputs: Values,
+        summands: Values | None,
     ) -> Tensor:
         """Solve for the layer's weights; return the intercept (m,)."""
         kept = slice(None) if entry.outputs is None else entry.outputs
@@ -305,8 +311,8 @@ class _RefitWalk:
         name: str,
         layer: nn.Conv2d | nn.Linear,
         kept: np.ndarray | slice,
-        inputs: list[Tensor],
-        summands: list[Tensor] | None,
+        inputs: Values,
+        summands: Values | None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Per batch the rows (t, d), the dense answers (t, m), and what is added to the layer's own (t, m) or zero."""
         outputs = self._statistics[name].outputs
@@ -344,9 +350,20 @@ class _RefitWalk:
         )
 
 
+def _limit(held_bytes: int | None, device: str) -> int:
+    """Bytes of activations that are held."""
+    if held_bytes is not None:
+        return held_bytes
+    return int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else HELD_BYTES
+
+
 def _free_modules(graph: fx.Graph, left_alone: Collection[str]) -> frozenset[str]:
     """Modules that are called once and that the walk may change."""
     return frozenset(name for name, count in called_modules(graph).items() if count == 1 and name not in left_alone)
+
+
+def _read(step: Step, values: Mapping[fx.Node, Values], batch: int, node: fx.Node) -> Any:
+    return step.get(values[node], batch)
 
 
 def _attribute(root: nn.Module, target: str) -> Any:
@@ -356,7 +373,7 @@ def _attribute(root: nn.Module, target: str) -> Any:
     return value
 
 
-def _reestimate_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: list[Tensor]) -> None:
+def _reestimate_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: Iterable[Tensor]) -> None:
     """Mean and variance per channel over all calibration images."""
     if layer.running_mean is None or layer.running_var is None:
         return

@@ -42,8 +42,8 @@ class CandidateJob:
     precision: Precision = "float32"
 
     def in_chunks(self, images: int) -> CandidateJob:
-        """The same in smaller forward passes, and without holding the rows of a layer while it is refit."""
-        return replace(self, chunk=images, data=replace(self.data, held_numbers=0))
+        """The same in smaller forward passes, and without holding activations or the rows of a layer."""
+        return replace(self, chunk=images, data=replace(self.data, held_numbers=0, held_bytes=0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -6,8 +6,9 @@ Per stage, above the libraries and two copies of the network (the shared one and
                 about (6 + 8) d^2 bytes, or 4 t d for t rows fewer than d; dense answers 4 t m
     solve       about 110 d^2 bytes for each consumer of a group, as measured on a ResNet-50; the problem itself lies in
                 the object store
-    assemble    the live activations of *all* calibration images, and beside those that are alive when a layer is refit
-                twice its rows (at most a gigabyte) and its normal equations, about 60 d^2
+    assemble    the live activations of all calibration images, or a gigabyte of them and one batch's beside the files
+                that hold the rest; beside those that are alive when a layer is refit twice its rows (at most a
+                gigabyte) and its normal equations, about 60 d^2
     tune        five copies of the network and one batch's activations of all layers, twice
 
 Live activations are counted operation by operation on one image: a value counts until its last use.
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from entprune.assembly import HELD_NUMBERS
+from entprune.assembly import HELD_BYTES, HELD_NUMBERS
 from entprune.calibration import SamplingPlan
 from entprune.config import PruneConfig
 from entprune.moments import count_positions, feature_count
@@ -107,7 +108,7 @@ def worker_bytes(
     stages = [
         on_host * config.batch_size * activations.live + _moment_bytes(network, activations, sampling, config),
         max(map(_solve_bytes, _features_by_group(network))),
-        on_host * images * (activations.live + activations.image),
+        _walk_bytes(activations.live, on_host * images, config.batch_size),
         _refit_bytes(network, activations, sampling, on_host * images),
     ]
     if tuning_batch is not None:
@@ -136,13 +137,18 @@ def _solve_bytes(features: list[int]) -> int:
     return _SOLVE_BYTES * sum(width**2 for width in features)
 
 
+def _walk_bytes(per_image: int, images: int, batch_size: int) -> int:
+    """Activations of all images, or what is held of them and of one batch that is read from files and written."""
+    return min(images * per_image, HELD_BYTES + batch_size * per_image)
+
+
 def _refit_bytes(network: Network, activations: Activations, sampling: SamplingPlan, images: int) -> int:
     needs = [0]
     for name in network.refit_layers:
         layer = network.model.get_submodule(name)
         rows, features = sampling.num_rows(layer, activations.positions.get(name, 1)), feature_count(layer)
         held = rows * features if rows * features <= HELD_NUMBERS else 0
-        beside = images * (activations.alive.get(name, 0) + activations.image)
+        beside = _walk_bytes(activations.alive.get(name, 0), images, sampling.batch_size)
         needs.append(beside + 2 * _FLOAT * held + _REFIT_BYTES * min(rows, features) ** 2)
     return max(needs)
 

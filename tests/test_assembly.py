@@ -290,6 +290,34 @@ def test_fewer_rows_than_features_are_survived() -> None:
     assert bool(torch.isfinite(logits(smaller)).all())
 
 
+class ChangedInPlace(nn.Module):
+    """The ReLU changes what the addition reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(IMAGE_SHAPE[0], 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        stream = self.conv1(images)
+        shortened = torch.relu_(stream.flatten(2)).unflatten(2, images.shape[2:])
+        return self.head((self.conv2(shortened) + stream).mean((2, 3)))
+
+
+@pytest.mark.parametrize("build", [*ALL, ChangedInPlace])
+def test_activations_in_files_give_the_same_weights_to_the_bit(build: Callable[[], nn.Module]) -> None:
+    model = prepared(build)
+    plan, groups, data = half_plan(model), groups_of(model), refit_data(model)
+    least = 2 * images_of().nbytes  # some of the activations are held
+    held, some, none = (
+        assemble(model, groups, plan, data=replace(data, held_bytes=size), config=RefitConfig()).state_dict()
+        for size in (2**40, least, 0)
+    )
+    for name, value in held.items():
+        assert torch.equal(value, none[name]), name
+        assert torch.equal(value, some[name]), name
+
+
 # --- the network that comes out --------------------------------------------------------------------------------------
 
 

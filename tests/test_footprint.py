@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from entprune import PruneConfig
+from entprune.assembly import HELD_BYTES
 from entprune.footprint import LIBRARY_BYTES, measure_activations, worker_bytes
 from entprune.models import build_model
 from entprune.stages import Network, analyse
@@ -49,14 +50,19 @@ def test_values_count_until_their_last_use_and_once_where_they_share_memory() ->
     assert found.alive == {"first": found.image + plane, "second": 2 * plane, "head": plane + 2 * 4}
 
 
-def test_need_grows_with_images_and_tuning_but_not_with_images_of_another_device(network: Network) -> None:
+def test_need_grows_with_tuning_but_not_with_activations_on_another_device(network: Network) -> None:
     activations, config = measure_activations(network), PruneConfig(calibration_samples=1536)
-    need = worker_bytes(network, activations, config)
+    assert worker_bytes(network, activations, config, tuning_batch=4096) > worker_bytes(network, activations, config)
     many = replace(config, calibration_samples=20_000)
-    assert worker_bytes(network, activations, many) > need + 10_000 * activations.live
-    assert worker_bytes(network, activations, config, tuning_batch=4096) > need
     on_device = worker_bytes(network, activations, replace(many, device="cuda"))
     assert LIBRARY_BYTES < on_device < worker_bytes(network, activations, many)
+
+
+def test_need_grows_with_the_images_until_their_activations_are_spilled() -> None:
+    live = measure_activations(lenet(PruneConfig())).live
+    some = HELD_BYTES // live
+    assert _need(some) - _need(some // 2) > 0.4 * HELD_BYTES
+    assert _need(10 * some) - _need(5 * some) < 5 * some * 0.2 * live  # rows and dense answers, a few numbers an image
 
 
 MEASURE = """
@@ -90,5 +96,9 @@ def _peak_bytes(images: int) -> float:
 
 def _need(images: int) -> int:
     config = PruneConfig(calibration_samples=images)
-    network = analyse(build_model("lenet", num_classes=10, input_shape=(1, 28, 28)), (1, 28, 28), config)
+    network = lenet(config)
     return worker_bytes(network, measure_activations(network), config)
+
+
+def lenet(config: PruneConfig) -> Network:
+    return analyse(build_model("lenet", num_classes=10, input_shape=(1, 28, 28)), (1, 28, 28), config)
