@@ -13,6 +13,7 @@ Axes: t rows, d features, m outputs, r rank.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
@@ -121,6 +122,11 @@ def merge_layers(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
         pair = model.get_submodule(name)
         _replace(model, name, _merged(pair.get_submodule("reduce"), pair.get_submodule("expand")))
     return model
+
+
+def merged(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+    """A copy of the network in which these layers are one each again, as it was before it was given ranks."""
+    return merge_layers(copy.deepcopy(model), ranks)
 
 
 def _merged(first: nn.Module, second: nn.Module) -> nn.Conv2d | nn.Linear:

@@ -124,13 +124,13 @@ def compose_plans(first: PruningPlan, second: PruningPlan) -> PruningPlan:
 
     Args:
         first: of the dense network.
-        second: of the network that the first one leaves; groups that it does not name stay as they are.
+        second: of the network that the first one leaves, with its layers of low rank made one again
+            (:func:`entprune.low_rank.merged`), so that only the second's ranks remain; groups that it does not name
+            stay as they are.
 
     Raises:
         ConfigError: the second plan belongs to another network.
     """
-    if first.ranks or second.ranks:
-        raise ConfigError("plans with layers of low rank cannot be put together; prune in one round.")
     later = {group.name: group for group in second.groups}
     if unknown := set(later) - {group.name for group in first.groups}:
         raise ConfigError(f"the second plan has groups {sorted(unknown)} that the first lacks; rebuild the plan.")
@@ -145,7 +145,7 @@ def compose_plans(first: PruningPlan, second: PruningPlan) -> PruningPlan:
             )
         chosen = kept if then is None else tuple(kept[channel] for channel in then.kept_channels)
         groups.append(GroupPlan(name=group.name, num_channels=group.num_channels, kept_channels=chosen))
-    return PruningPlan(groups=tuple(groups))
+    return PruningPlan(groups=tuple(groups), ranks=second.ranks)
 
 
 def select_layers(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> dict[str, LayerSelection]:

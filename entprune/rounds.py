@@ -8,7 +8,7 @@ counts only if the tuned network is within the budget. Everything is measured ag
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,13 @@ class RoundRecord:
             "networks_tried": self.networks_tried,
             "budgets_missed": list(self.missed),
             "widths": self.plan.widths(),
+            **({"ranks": dict(self.plan.ranks)} if self.plan.ranks else {}),
         }
 
 
-def round_budget(budget: Budget, number: int, num_rounds: int, kept: Mapping[Objective, float]) -> Budget:
+def round_budget(
+    budget: Budget, number: int, num_rounds: int, kept: Mapping[Objective, float], latency_kept: float = 1.0
+) -> Budget:
     """What a round is asked, in fractions of the network that it starts from.
 
     Args:
@@ -80,11 +83,10 @@ def round_budget(budget: Budget, number: int, num_rounds: int, kept: Mapping[Obj
         number: of the round, from 1.
         num_rounds: of the run.
         kept: fraction of the dense network's parameters and MACs that the round starts with.
+        latency_kept: likewise of its latency.
     """
-    steps = {
-        f"{name}_removed": 1.0 - min(1.0, limit ** (number / num_rounds) / kept[name])
-        for name, limit in budget.size_limits().items()
-    }
+    share = number / num_rounds
+    steps = {f"{name}_removed": _removed(limit, share, kept[name]) for name, limit in budget.size_limits().items()}
     allowed, latency = budget.max_accuracy_drop, budget.latency_removed
     if allowed is not None and number > 1:
         allowed = min(max(_UNTUNED_FACTOR * allowed, allowed + _UNTUNED_POINTS), 99.0)
@@ -92,9 +94,30 @@ def round_budget(budget: Budget, number: int, num_rounds: int, kept: Mapping[Obj
         max_accuracy_drop=allowed,
         parameters_removed=steps.get("parameters_removed"),
         macs_removed=steps.get("macs_removed"),
-        latency_removed=None if latency is None else 1.0 - (1.0 - latency) ** (1.0 / num_rounds),
+        latency_removed=None if latency is None else _removed(1.0 - latency, share, latency_kept),
         latency_batch=budget.latency_batch,
     )
+
+
+def _removed(limit: float, share: float, kept: float) -> float:
+    """Fraction of what is kept to remove on the way to a limit, of which this share is behind after the round."""
+    return 1.0 - min(1.0, float(limit**share) / kept)
+
+
+def round_start(network: Network, plan: PruningPlan) -> tuple[PruningPlan, dict[Objective, float]]:
+    """The plan that the next round starts from, and the fractions of the dense network's size that it has.
+
+    Layers of low rank are one again there (:func:`entprune.low_rank.merged`): the next round prunes their channels, and
+    chooses the ranks anew.
+
+    Args:
+        network: dense.
+        plan: of the round before.
+    """
+    full, widths = {group.name: group.num_channels for group in network.groups.groups}, plan.widths()
+    objectives: tuple[Objective, ...] = ("parameters", "macs")
+    kept = {name: network.cost.evaluate(widths, name) / network.cost.evaluate(full, name) for name in objectives}
+    return replace(plan, ranks=()), kept
 
 
 def check_reachable(network: Network, budget: Budget, config: PruneConfig) -> None:
@@ -146,20 +169,21 @@ def judge_round(
         networks_tried: by the search of this round.
     """
     accuracy, drop, upper = (None, None, None) if compared is None else _compare(*compared, config)
-    widths, full = plan.widths(), {group.name: group.num_channels for group in network.groups.groups}
+    widths, ranks = plan.widths(), dict(plan.ranks)
+    full = {group.name: group.num_channels for group in network.groups.groups}
     missed: list[BudgetKind] = []
     if budget.max_accuracy_drop is not None and (upper is None or upper > budget.max_accuracy_drop):
         missed.append("max_accuracy_drop")
     for objective, limit in budget.size_limits().items():
-        if network.cost.evaluate(widths, objective) > (limit + 1e-9) * network.cost.evaluate(full, objective):
+        if network.cost.evaluate(widths, objective, ranks) > (limit + 1e-9) * network.cost.evaluate(full, objective):
             missed.append("parameters_removed" if objective == "parameters" else "macs_removed")
     if budget.latency_removed is not None and latency_kept is not None:
         missed += [] if is_within(latency_kept, 1.0 - budget.latency_removed) else ["latency_removed"]
     return RoundRecord(
         number=number,
         plan=plan,
-        parameters=network.cost.parameters(widths),
-        macs=network.cost.macs(widths),
+        parameters=network.cost.parameters(widths, ranks),
+        macs=network.cost.macs(widths, ranks),
         accuracy=accuracy,
         accuracy_drop=drop,
         upper_bound=upper,

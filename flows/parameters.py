@@ -142,11 +142,6 @@ with warnings.catch_warnings():
             self.budget()
             self.config()
             self.finetuning()
-            if self.low_rank and self.rounds > 1:
-                raise ConfigError(
-                    "--low-rank makes two layers of one, which can be pruned once: expected --rounds 1, "
-                    f"got {self.rounds}."
-                )
             if self.rounds > 1 and not self.finetune_epochs:
                 raise ConfigError(
                     f"--rounds {self.rounds} needs tuning between the rounds, got --finetune-epochs 0; give at least 1."

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from entprune.allocation import Objective
+from entprune.config import Budget
 from entprune.finetune import FinetuneConfig
+from entprune.low_rank import merged
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan, compose_plans
 from entprune.pruning import build_smaller
-from entprune.rounds import RoundRecord, check_reachable, choose_round, is_exhausted, round_budget
+from entprune.rounds import RoundRecord, check_reachable, choose_round, is_exhausted, round_budget, round_start
 from entprune.search import SearchResult
 from tasks import stages
 from tasks.tuning import finetune
@@ -81,8 +82,8 @@ def prune_in_rounds(work: Workload, engine: Engine, finetuning: FinetuneConfig, 
     for number in range(1, num_rounds + 1):
         if records and (not records[-1].is_accurate or is_exhausted(work.network, records[-1].plan, work.config)):
             break
-        budget = round_budget(work.budget, number, num_rounds, _kept(work, records))
-        start = tuned[-1] if tuned else work.network.model
+        budget = _next_budget(work, engine, records, num_rounds)
+        start = merged(tuned[-1], dict(records[-1].plan.ranks)) if records else work.network.model
         pruned.append(prune_once(work.start_round(start, budget), engine, origin=work))
         plan = pruned[-1].found.chosen.plan
         plan = compose_plans(records[-1].plan, plan) if records else plan
@@ -96,13 +97,10 @@ def prune_in_rounds(work: Workload, engine: Engine, finetuning: FinetuneConfig, 
     return Rounds(first=pruned[0], plan=chosen.plan, tuned=tuned[position], records=tuple(records), chosen=chosen)
 
 
-def _kept(work: Workload, records: list[RoundRecord]) -> dict[Objective, float]:
-    """Fractions of the dense network's size that the next round starts with."""
+def _next_budget(work: Workload, engine: Engine, records: Sequence[RoundRecord], num_rounds: int) -> Budget:
+    """What the next round is asked."""
     if not records:
-        return {"parameters": 1.0, "macs": 1.0}
-    full = {group.name: group.num_channels for group in work.network.groups.groups}
-    cost = work.network.cost
-    return {
-        "parameters": records[-1].parameters / cost.parameters(full),
-        "macs": records[-1].macs / cost.macs(full),
-    }
+        return round_budget(work.budget, 1, num_rounds, {"parameters": 1.0, "macs": 1.0})
+    start, kept = round_start(work.network, records[-1].plan)
+    latency = 1.0 if work.budget.latency_removed is None else stages.kept_latency(work, engine, start)
+    return round_budget(work.budget, len(records) + 1, num_rounds, kept, latency)

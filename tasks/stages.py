@@ -385,7 +385,7 @@ def track(run: TrackedRun, content: Mapping[str, Any], paths: Mapping[str, Spars
     for number, candidate in enumerate(content["candidates"], start=1):
         run.numbers({"candidate": {k: v for k, v in candidate.items() if k != "widths"}}, step=number)
     for entry in content.get("rounds", ()):
-        figures = {name: value for name, value in entry.items() if name not in {"widths", "budgets_missed"}}
+        figures = {name: value for name, value in entry.items() if name not in {"widths", "ranks", "budgets_missed"}}
         run.numbers({"round": figures}, step=entry["round"])
     run.groups(content)
     run.paths(paths)

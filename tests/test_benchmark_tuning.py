@@ -57,17 +57,20 @@ def test_a_pruned_network_is_kept_for_another_machine_to_tune(tmp_path: Path) ->
         pruned_network(bench, budget, tmp_path)
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
 def test_each_round_prunes_what_the_one_before_tuned(
-    request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch
+    request_chain: TinyRequest, monkeypatch: pytest.MonkeyPatch, low_rank: bool
 ) -> None:
-    recipe = replace(TINY_RECIPE, rounds=2)
+    recipe = replace(TINY_RECIPE, rounds=2, low_rank=low_rank)
     assert recipe.first_budget().parameters_removed == pytest.approx(1 - 0.5**0.5)
-    assert recipe.key() == TINY_RECIPE.key() | {"rounds": 2}
+    assert recipe.key() == TINY_RECIPE.key() | {"rounds": 2} | ({"low_rank": True} if low_rank else {})
     pruned: list[nn.Module] = []
     came_of: list[nn.Module] = []
 
     def prune_again(bench: Bench, budget: Budget, *, model: nn.Module) -> PruningResult:
-        assert model is came_of[-1]
+        images = torch.randn(2, *bench.data.input_shape)
+        torch.testing.assert_close(model(images), came_of[-1](images))
+        assert list(model.state_dict()) == list(bench.model.state_dict())  # thin layers are one again
         return budgets.prune_to(bench, budget, model=model)
 
     def tune(student: nn.Module, *arguments: Any, **options: Any) -> nn.Module:

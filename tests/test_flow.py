@@ -338,19 +338,23 @@ def test_fine_tuned_network_is_measured_beside_the_one_shot_one(
     assert all(torch.allclose(saved[name], from_all[name], rtol=1e-2, atol=1e-3) for name in saved)
 
 
-def test_layers_of_low_rank_go_through_the_whole_run(ground: Ground, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_layers_of_low_rank_go_through_the_whole_run(ground: Ground, tmp_path: Path, rounds: int) -> None:
     torch.manual_seed(0)
     ranks = {"conv2": 12, "fc1": 6}  # which the search has to find
     dense = build_model("digits_cnn", num_classes=10, input_shape=ground.data.input_shape)
     for name, rank in ranks.items():
         new_pair(dense, name, rank)
     save_state(merge_layers(train(dense, ground.data, TrainConfig(epochs=4)).model, ranks), tmp_path / "thin.pt")
-    asked = {"max_accuracy_drop": None, "parameters_removed": 0.95, "low_rank": True, "finetune_epochs": 1}
-    parameters = ground.parameters("thin", checkpoint=tmp_path / "thin.pt", register="digits-thin", **asked)
+    budget = {"max_accuracy_drop": None, "parameters_removed": 0.95}
+    asked = budget | {"low_rank": True, "finetune_epochs": 1, "rounds": rounds}
+    parameters = ground.parameters(f"thin-{rounds}", checkpoint=tmp_path / "thin.pt", register="digits-thin", **asked)
     report, _ = run(parameters)
     assert report["low_rank"]
+    assert [bool(entry["ranks"]) for entry in report["rounds"]] == ([True, True] if rounds == 2 else [])
+    assert report["fine_tuned"]["parameters"] <= 0.05 * report["dense"]["parameters"]
     assert report["certificate"]["passed"]
-    model = entprune.load(ground.folder / "thin" / "model")
+    model = entprune.load(ground.folder / f"thin-{rounds}" / "model")
     for entry in report["low_rank"]:
         assert len(model.get_parameter(f"{entry['layer']}.reduce.weight")) == entry["rank"]
     assert sum(value.numel() for value in model.parameters()) == report["fine_tuned"]["parameters"]
@@ -360,9 +364,9 @@ def test_layers_of_low_rank_go_through_the_whole_run(ground: Ground, tmp_path: P
         torch.testing.assert_close(registered(images), model(images), rtol=1e-3, atol=1e-3)
         correct = (model(images).argmax(1).numpy() == ground.data.test.labels).mean()
     assert report["fine_tuned"]["accuracy"] == pytest.approx(100 * correct, abs=1e-3)
-    page = (ground.folder / "thin" / "report.html").read_text(encoding="utf-8")
+    page = (ground.folder / f"thin-{rounds}" / "report.html").read_text(encoding="utf-8")
     assert "Layers that became two thin ones" in page
-    again, recorder = run(parameters.model_copy(update={"output": ground.folder / "thin-again", "register": None}))
+    again, recorder = run(parameters.model_copy(update={"output": ground.folder / f"again-{rounds}", "register": None}))
     assert recorder.units == []
     assert again["plan"] == report["plan"]
 

@@ -16,9 +16,9 @@ import entprune
 from entprune import Budget, PruneConfig, prune
 from entprune.artifact import ModelCard, load_model, save_model
 from entprune.datasets import load_data
-from entprune.errors import ArtifactError, ConfigError, ModelError
+from entprune.errors import ArtifactError, ModelError
 from entprune.evaluation import count_macs, count_parameters
-from entprune.low_rank import merge_layers, new_pair, reduce_rank, split_layer, split_layers
+from entprune.low_rank import merge_layers, merged, new_pair, reduce_rank, split_layer, split_layers
 from entprune.models import build_model
 from entprune.plan import GroupPlan, PruningPlan, compose_plans
 from entprune.pruning import certify_result
@@ -351,9 +351,24 @@ def test_plan_with_ranks_survives_json_and_has_a_digest_of_its_own() -> None:
     assert THIN.digest() != PLAN.digest() != replace(PLAN, ranks=(("fc", 4),)).digest() != THIN.digest()
 
 
-def test_plans_with_ranks_are_not_put_together() -> None:
-    with pytest.raises(ConfigError, match="prune in one round"):
-        compose_plans(PLAN, THIN)
+def test_plans_put_together_have_the_ranks_of_the_second() -> None:
+    rest = PruningPlan(groups=(GroupPlan(name="g", num_channels=1, kept_channels=(0,)),))
+    assert compose_plans(PLAN, replace(rest, ranks=THIN.ranks)) == THIN
+    assert compose_plans(THIN, rest) == PLAN
+
+
+def test_merged_network_answers_like_the_one_with_thin_layers_which_stays() -> None:
+    torch.manual_seed(0)
+    model = build_model("digits_cnn", num_classes=10, input_shape=(1, 8, 8)).eval()
+    names, ranks = [name for name, _ in model.named_parameters()], {"conv2": 5, "fc1": 3}
+    for name, rank in ranks.items():
+        new_pair(model, name, rank)
+    thin, images = copy.deepcopy(model), torch.randn(4, 1, 8, 8)
+    one = merged(model, ranks)
+    assert [name for name, _ in one.named_parameters()] == names
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in thin.named_parameters()]
+    with torch.inference_mode():
+        torch.testing.assert_close(one(images), thin(images))
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,3 @@ def test_what_is_wrong_is_one_sentence_with_its_name(changes: dict[str, Any], se
 def test_no_value_raises_anything_but_a_config_error(changes: dict[str, Any]) -> None:
     with suppress(ConfigError):
         assert parse_parameters({**VALID, **changes}).budget().value >= 0
-
-
-def test_layers_of_low_rank_do_not_go_with_rounds() -> None:
-    with pytest.raises(ConfigError, match="expected --rounds 1, got 2"):
-        parse_parameters({**VALID, "low_rank": True, "rounds": 2, "finetune_epochs": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,15 @@ from entprune.groups import ChannelGroups
 from entprune.models import build_model
 from entprune.plan import GroupPlan, PruningPlan, compose_plans, full_plan
 from entprune.planning import least_widths
-from entprune.rounds import RoundRecord, check_reachable, choose_round, is_exhausted, judge_round, round_budget
+from entprune.rounds import (
+    RoundRecord,
+    check_reachable,
+    choose_round,
+    is_exhausted,
+    judge_round,
+    round_budget,
+    round_start,
+)
 from entprune.selection import DenseReference
 from entprune.stages import analyse
 from tests.micro_networks import IMAGE_SHAPE, Bottleneck, Chain, Concat, Residual
@@ -75,13 +84,32 @@ def test_plans_of_different_networks_do_not_compose() -> None:
 def test_geometric_steps_lead_to_the_size_budget() -> None:
     budget, kept = Budget(parameters_removed=0.96, latency_removed=0.75, latency_batch=8), 1.0
     for number in (1, 2):
-        asked = round_budget(budget, number, 2, {"parameters": kept, "macs": 1.0})
+        asked = round_budget(budget, number, 2, {"parameters": kept, "macs": 1.0}, 0.5 ** (number - 1))
         assert asked.parameters_removed is not None
         kept *= 1.0 - asked.parameters_removed
         assert kept == pytest.approx(0.2**number)
         assert (asked.latency_removed, asked.latency_batch) == (pytest.approx(0.5), 8)
     ahead = round_budget(budget, 2, 2, {"parameters": 0.03, "macs": 1.0})  # more was removed than asked
     assert ahead.parameters_removed == 0.0
+    behind = round_budget(budget, 2, 2, {"parameters": 1.0, "macs": 1.0}, 0.8)  # less latency was removed than asked
+    assert (behind.parameters_removed, behind.latency_removed) == (pytest.approx(0.96), pytest.approx(1 - 0.25 / 0.8))
+
+
+def test_round_starts_from_whole_layers_and_is_judged_with_its_ranks() -> None:
+    network = analyse(build_model("digits_cnn", num_classes=10, input_shape=(1, 8, 8)), (1, 8, 8), PruneConfig())
+    plan = replace(full_plan(network.groups), ranks=(("fc1", 3),))
+    start, kept = round_start(network, plan)
+    assert start == full_plan(network.groups)
+    assert kept == {"parameters": 1.0, "macs": 1.0}
+    judged = judge_round(
+        1, plan, compared=None, network=network, budget=Budget(parameters_removed=0.1), config=PruneConfig(),
+        latency_kept=None, networks_tried=1,
+    )  # fmt: skip
+    weight = network.model.get_parameter("fc1.weight")
+    saved = weight.numel() - 3 * sum(weight.shape)
+    assert judged.parameters == sum(value.numel() for value in network.model.parameters()) - saved
+    assert judged.missed == ()
+    assert judged.to_dict()["ranks"] == {"fc1": 3}
 
 
 def test_later_rounds_may_lose_more_before_they_are_tuned() -> None:

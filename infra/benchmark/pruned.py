@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ class PrunedNetwork:
         model: before any gradient step.
         dense, one_shot: figures of the report.
         seconds: how long it took.
+        ranks: of its layers of low rank.
     """
 
     model: nn.Module
     dense: Mapping[str, Any]
     one_shot: Mapping[str, Any]
     seconds: float
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def pruned_network(bench: Bench, budget: Budget, folder: Path | None) -> PrunedNetwork:
@@ -57,7 +59,7 @@ def pruned_network(bench: Bench, budget: Budget, folder: Path | None) -> PrunedN
     start = time.perf_counter()
     result = prune_to(bench, budget)
     seconds = round(time.perf_counter() - start, 1)
-    figures = {"dense": result.report["dense"], "one_shot": result.report["one_shot"]}
+    figures = {"dense": result.report["dense"], "one_shot": result.report["one_shot"], "ranks": dict(result.plan.ranks)}
     if place is not None:
         content = figures | {"facts": bench.facts, "prune_seconds": seconds}
         atomic_write_text(_figures_path(place), json.dumps(content))
@@ -72,7 +74,7 @@ def _read(place: Path, bench: Bench) -> PrunedNetwork:
             f"pruned network '{place.name}': expected one made from the checkpoint and images given, got another; "
             "delete the folder."
         )
-    figures = {name: content[name] for name in ("dense", "one_shot")}
+    figures = {name: content[name] for name in ("dense", "one_shot")} | {"ranks": content.get("ranks", {})}
     return PrunedNetwork(model=entprune.load(place), seconds=content["prune_seconds"], **figures)
 
 

@@ -21,7 +21,9 @@ from torch import nn
 from entprune.allocation import Objective
 from entprune.config import Budget
 from entprune.errors import ConfigError
+from entprune.evaluation import count_macs, count_parameters
 from entprune.finetune import FinetuneConfig, finetune
+from entprune.low_rank import merged
 from entprune.resumption import TrainingState
 from entprune.rounds import round_budget
 from entprune.runner import torch_threads
@@ -79,6 +81,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "lenet": (
         Recipe(budget=Budget(parameters_removed=0.9745), tuning=_LENET, rounds=3),
         Recipe(budget=Budget(parameters_removed=0.9745), tuning=FinetuneConfig(epochs=15), low_rank=True),
+        Recipe(budget=Budget(parameters_removed=0.9745), tuning=FinetuneConfig(epochs=15), low_rank=True, rounds=3),
     ),
     "vgg16_cifar": (Recipe(budget=Budget(parameters_removed=0.95), tuning=FinetuneConfig(epochs=14, **_LABELS_ALONE)),),
     "resnet18_cifar": (
@@ -157,11 +160,14 @@ class TunedMeter:
         """Tune the pruned network, and in further rounds prune and tune what came of it."""
         size = {name: int(pruned.one_shot[name]) for name in _OBJECTIVES}
         turns = self._tune(pruned.model, recipe, Turns(tuned=pruned.model, size=size, prune_seconds=pruned.seconds))
+        ranks = pruned.ranks
         for number in range(2, recipe.rounds + 1):
-            kept = {name: turns.size[name] / pruned.dense[name] for name in _OBJECTIVES}
+            one = merged(turns.tuned, ranks)
+            sizes = count_parameters(one), count_macs(one, self._bench.data.input_shape)
+            kept = {name: size / pruned.dense[name] for name, size in zip(_OBJECTIVES, sizes, strict=True)}
             start = time.perf_counter()
-            again = prune_to(self._bench, round_budget(recipe.budget, number, recipe.rounds, kept), model=turns.tuned)
-            seconds = turns.prune_seconds + time.perf_counter() - start
+            again = prune_to(self._bench, round_budget(recipe.budget, number, recipe.rounds, kept), model=one)
+            ranks, seconds = dict(again.plan.ranks), turns.prune_seconds + time.perf_counter() - start
             size = {name: int(again.report["one_shot"][name]) for name in _OBJECTIVES}
             turns = self._tune(again.model, recipe, replace(turns, size=size, prune_seconds=seconds))
         return turns
