@@ -26,7 +26,7 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 @dataclass(slots=True, eq=False)
-class _Entry:
+class Entry:
     """Memory of one tensor in a file, shared by its views."""
 
     file: IO[bytes]
@@ -63,7 +63,7 @@ class _Entry:
 class _View:
     """A tensor that lies in a file."""
 
-    entry: _Entry
+    entry: Entry
     size: torch.Size
     stride: tuple[int, ...]
     start: int
@@ -95,9 +95,9 @@ class Values:
 
     def __getitem__(self, batch: int) -> Any:
         """Return the value of one batch."""
-        return self.get(batch, _Entry.read)
+        return self.get(batch, Entry.read)
 
-    def get(self, batch: int, read: Callable[[_Entry], Tensor]) -> Any:
+    def get(self, batch: int, read: Callable[[Entry], Tensor]) -> Any:
         """The value of one batch, spilled memory read by a function."""
         return _map(self._items[batch], lambda leaf: leaf.of(read(leaf.entry)) if isinstance(leaf, _View) else leaf)
 
@@ -117,7 +117,7 @@ class Values:
         dense = tensor if _is_dense(tensor) else torch.empty_like(tensor).copy_(tensor)
         flat = dense.as_strided((dense.numel(),), (1,))
         self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 -- closed when nothing refers to it
-        entry = _Entry(self._file, self._end, dense.dtype, dense.numel(), dense.device)
+        entry = Entry(self._file, self._end, dense.dtype, dense.numel(), dense.device)
         entry.write(flat)
         self._end += dense.numel() * dense.element_size()
         return _View(entry, dense.shape, dense.stride(), 0)
@@ -178,13 +178,13 @@ class Step:
 
     def __init__(self, store: SpillingStore) -> None:
         self._store = store
-        self._loaded: dict[_Entry, Tensor] = {}
+        self._loaded: dict[Entry, Tensor] = {}
 
     def get(self, values: Values, batch: int) -> Any:
         """An argument."""
         return values.get(batch, self._load)
 
-    def _load(self, entry: _Entry) -> Tensor:
+    def _load(self, entry: Entry) -> Tensor:
         if entry not in self._loaded:
             self._loaded[entry] = entry.read()
         return self._loaded[entry]

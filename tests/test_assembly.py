@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from entprune import spill
 from entprune.assembly import RefitConfig, RefitData, assemble, dense_layers, slice_network
 from entprune.calibration import SamplingPlan, collect_statistics
 from entprune.errors import ConfigError, ModelError
@@ -316,6 +318,26 @@ def test_activations_in_files_give_the_same_weights_to_the_bit(build: Callable[[
     for name, value in held.items():
         assert torch.equal(value, none[name]), name
         assert torch.equal(value, some[name]), name
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_few_batches_are_read_at_once(build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read, alive = prepared(build), spill.Entry.read, []
+    most = 0
+
+    def count(entry: spill.Entry) -> Tensor:
+        nonlocal most
+        tensor = read(entry)
+        alive.append(weakref.ref(tensor.untyped_storage()))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(spill.Entry, "read", count)
+    data = refit_data(model, replace(EVERY_ROW, batch_size=8))
+    data = replace(data, held_bytes=0, held_numbers=0)
+    assemble(model, groups_of(model), half_plan(model), data=data, config=RefitConfig(output_temperature=0.0))
+    assert len(alive) > NUM_IMAGES // 8  # batches
+    assert most <= 4
 
 
 # --- the network that comes out --------------------------------------------------------------------------------------
