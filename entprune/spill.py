@@ -81,7 +81,7 @@ class Values:
     """
 
     def __init__(self, items: Sequence[Any] = ()) -> None:
-        self._items = list(items)
+        self._items, self._is_tracked = list(items), not items
         self._file: IO[bytes] | None = None
         self._end = 0  # of the file
 
@@ -101,12 +101,12 @@ class Values:
         """The value of one batch, spilled memory read by a function."""
         return _map(self._items[batch], lambda leaf: leaf.of(read(leaf.entry)) if isinstance(leaf, _View) else leaf)
 
-    def items(self) -> Iterator[Any]:
-        """Tensors, places in files and other leaves of all batches."""
+    def held(self) -> list[Tensor]:
+        """Tensors in memory that a store keeps track of."""
         leaves: list[Any] = []
-        for item in self._items:
+        for item in self._items if self._is_tracked else ():
             _map(item, leaves.append)
-        return iter(leaves)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def append(self, item: Any) -> None:
         """Add the value of the next batch, its spilled tensors replaced."""
@@ -161,9 +161,8 @@ class SpillingStore:
 
     def release(self, values: Values) -> None:
         """Nobody reads these any more; the caller lets go of them."""
-        for leaf in values.items():
-            if isinstance(leaf, Tensor):
-                self._let_go(leaf.untyped_storage().data_ptr())
+        for tensor in values.held():
+            self._let_go(tensor.untyped_storage().data_ptr())
 
     def _let_go(self, address: int) -> None:
         storage = self._held[address]

@@ -306,7 +306,19 @@ class ChangedInPlace(nn.Module):
         return self.head((self.conv2(shortened) + stream).mean((2, 3)))
 
 
-@pytest.mark.parametrize("build", [*ALL, ChangedInPlace])
+class Scaled(nn.Module):
+    """Operations read a parameter of the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(IMAGE_SHAPE[0], 8, 3), nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head((torch.relu(self.conv(images)) * self.scale).mean((2, 3)))
+
+
+@pytest.mark.parametrize("build", [*ALL, ChangedInPlace, Scaled])
 def test_activations_in_files_give_the_same_weights_to_the_bit(build: Callable[[], nn.Module]) -> None:
     model = prepared(build)
     plan, groups, data = half_plan(model), groups_of(model), refit_data(model)
