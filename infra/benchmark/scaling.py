@@ -32,7 +32,7 @@ from infra.benchmark.records import Record, Subject
 CHANNELS, TAPS, OUTPUTS = 512, 9, 512
 POSITIONS = 5  # sampled per image: no fewer rows than features even at the least number of images
 SOLVE_IMAGES = (1000, 4000, 16_000, 50_000)
-MEMORY_IMAGES = (256, 1024, 4096)
+MEMORY_IMAGES = (256, 1024, 4096, 16_384, 65_536)
 _CHUNK, _CHUNKS = 2048, 4  # as many rows as are summed up in float32 before they are carried over into float64
 _ROUNDS = 3
 _LATENT = 384  # independent directions of the synthetic activations
