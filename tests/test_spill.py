@@ -22,22 +22,21 @@ def kept(store: SpillingStore, *results: object) -> Values:
     return values
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.randn(3, 4, 5, 6),
-        torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),
-        torch.randn(6, 4)[1:4],
-        torch.randn(6, 8).T,
-        torch.randn(3, 4).to(torch.bfloat16),
-        torch.randn(3, 4, dtype=torch.float64),
-        torch.randn(7) > 0,
-        torch.arange(5),
-        torch.tensor(3.0),
-        torch.randn(0, 4),
-    ],
-    ids=str,
-)
+TENSORS = {
+    "plain": torch.randn(3, 4, 5, 6),
+    "channels last": torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),
+    "rows of a larger one": torch.randn(6, 4)[1:4],
+    "transposed": torch.randn(6, 8).T,
+    "bfloat16": torch.randn(3, 4).to(torch.bfloat16),
+    "float64": torch.randn(3, 4, dtype=torch.float64),
+    "bool": torch.randn(7) > 0,
+    "int64": torch.arange(5),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.randn(0, 4),
+}
+
+
+@pytest.mark.parametrize("tensor", TENSORS.values(), ids=TENSORS)
 def test_tensors_come_back_with_values_and_strides(tensor: Tensor) -> None:
     again = kept(SPILLED, torch.zeros(5), tensor)[1]
     assert again.dtype == tensor.dtype
