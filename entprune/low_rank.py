@@ -117,16 +117,12 @@ def split_layers(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 
 def merge_layers(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
-    """Inverse of :func:`split_layers`: one layer again, whose weights are the product of the two."""
+    """A copy of the network in which these layers are one each again, whose weights are the product of the two."""
+    whole = copy.deepcopy(model)
     for name in ranks:
-        pair = model.get_submodule(name)
-        _replace(model, name, _merged(pair.get_submodule("reduce"), pair.get_submodule("expand")))
-    return model
-
-
-def merged(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
-    """A copy of the network in which these layers are one each again, as it was before it was given ranks."""
-    return merge_layers(copy.deepcopy(model), ranks)
+        pair = whole.get_submodule(name)
+        _replace(whole, name, _merged(pair.get_submodule("reduce"), pair.get_submodule("expand")))
+    return whole
 
 
 def _merged(first: nn.Module, second: nn.Module) -> nn.Conv2d | nn.Linear:

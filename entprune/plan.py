@@ -124,9 +124,9 @@ def compose_plans(first: PruningPlan, second: PruningPlan) -> PruningPlan:
 
     Args:
         first: of the dense network.
-        second: of the network that the first one leaves, with its layers of low rank made one again
-            (:func:`entprune.low_rank.merged`), so that only the second's ranks remain; groups that it does not name
-            stay as they are.
+        second: of the network that the first one leaves, whose layers of low rank are one again
+            (:func:`entprune.low_rank.merge_layers`), so that only the second's ranks remain; groups that it does not
+            name stay as they are.
 
     Raises:
         ConfigError: the second plan belongs to another network.

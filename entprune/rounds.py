@@ -107,14 +107,14 @@ def _removed(limit: float, share: float, kept: float) -> float:
 def round_start(network: Network, plan: PruningPlan) -> tuple[PruningPlan, dict[Objective, float]]:
     """The plan that the next round starts from, and the fractions of the dense network's size that it has.
 
-    Layers of low rank are one again there (:func:`entprune.low_rank.merged`): the next round prunes their channels, and
-    chooses the ranks anew.
+    Layers of low rank are one again there (:func:`entprune.low_rank.merge_layers`): the next round prunes their
+    channels, and chooses the ranks anew.
 
     Args:
         network: dense.
         plan: of the round before.
     """
-    full, widths = {group.name: group.num_channels for group in network.groups.groups}, plan.widths()
+    full, widths = network.full_widths(), plan.widths()
     objectives: tuple[Objective, ...] = ("parameters", "macs")
     kept = {name: network.cost.evaluate(widths, name) / network.cost.evaluate(full, name) for name in objectives}
     return replace(plan, ranks=()), kept
@@ -126,7 +126,7 @@ def check_reachable(network: Network, budget: Budget, config: PruneConfig) -> No
     Raises:
         ConfigError: it is out of reach.
     """
-    full = {group.name: group.num_channels for group in network.groups.groups}
+    full = network.full_widths()
     least = least_widths(full, config)
     for objective, limit in budget.size_limits().items():
         fraction = network.cost.evaluate(least, objective) / network.cost.evaluate(full, objective)
@@ -139,7 +139,7 @@ def check_reachable(network: Network, budget: Budget, config: PruneConfig) -> No
 
 def is_exhausted(network: Network, plan: PruningPlan, config: PruneConfig) -> bool:
     """Whether every group of the dense network has its least width under a plan already."""
-    full = {group.name: group.num_channels for group in network.groups.groups}
+    full = network.full_widths()
     least = least_widths(full, config)
     return all(width <= least[name] for name, width in plan.widths().items())
 
@@ -170,7 +170,7 @@ def judge_round(
     """
     accuracy, drop, upper = (None, None, None) if compared is None else _compare(*compared, config)
     widths, ranks = plan.widths(), dict(plan.ranks)
-    full = {group.name: group.num_channels for group in network.groups.groups}
+    full = network.full_widths()
     missed: list[BudgetKind] = []
     if budget.max_accuracy_drop is not None and (upper is None or upper > budget.max_accuracy_drop):
         missed.append("max_accuracy_drop")

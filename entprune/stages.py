@@ -68,9 +68,13 @@ class Network:
     residuals: tuple[Residual, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
 
+    def full_widths(self) -> dict[str, int]:
+        """Channels of each group in the dense network, in execution order."""
+        return {group.name: group.num_channels for group in self.groups.groups}
+
     def dense_macs(self) -> int:
         """Multiply-accumulates of one image before pruning."""
-        return self.cost.macs({group.name: group.num_channels for group in self.groups.groups})
+        return self.cost.macs(self.full_widths())
 
     def output_gain(self, layer: str) -> np.ndarray:
         """(m,) float32 magnitude with which each output of a dense layer goes on."""

@@ -158,7 +158,7 @@ def inspect(
 def _group_rows(network: Network) -> list[GroupRow]:
     from flows.tables import GroupRow
 
-    widths = {group.name: group.num_channels for group in network.groups.groups}
+    widths = network.full_widths()
     totals = {"parameters": network.cost.parameters(widths), "macs": network.cost.macs(widths)}
     rows = []
     for group in network.groups.groups:

@@ -9,7 +9,7 @@ from torch import nn
 
 from entprune.config import Budget
 from entprune.finetune import FinetuneConfig
-from entprune.low_rank import merged
+from entprune.low_rank import merge_layers
 from entprune.path import SparsityPath
 from entprune.plan import PruningPlan, compose_plans
 from entprune.pruning import build_smaller
@@ -83,7 +83,7 @@ def prune_in_rounds(work: Workload, engine: Engine, finetuning: FinetuneConfig, 
         if records and (not records[-1].is_accurate or is_exhausted(work.network, records[-1].plan, work.config)):
             break
         budget = _next_budget(work, engine, records, num_rounds)
-        start = merged(tuned[-1], dict(records[-1].plan.ranks)) if records else work.network.model
+        start = merge_layers(tuned[-1], dict(records[-1].plan.ranks)) if records else work.network.model
         pruned.append(prune_once(work.start_round(start, budget), engine, origin=work))
         plan = pruned[-1].found.chosen.plan
         plan = compose_plans(records[-1].plan, plan) if records else plan

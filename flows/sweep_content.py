@@ -136,7 +136,7 @@ def describe_setting(entry: Entry) -> dict[str, Any]:
 def _figures(entry: Entry, candidate: Candidate) -> dict[str, Any]:
     """Sizes and what validation says; nothing of the test split."""
     cost = entry.work.network.cost
-    dense = {group.name: group.num_channels for group in entry.work.network.groups.groups}
+    dense = entry.work.network.full_widths()
     listed = candidate.to_dict()
     names = ("parameters", "macs", "validation_accuracy", "validation_drop", "drop_upper_bound", "images", "accepted")
     return {name: listed[name] for name in names} | {

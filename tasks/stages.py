@@ -177,7 +177,7 @@ def search(
             known=lambda plan: recall_score(job, engine.store, work.keys.candidate(plan)),
             on_score=lambda plan, score: keep_score(engine.store, work.keys.candidate(plan), score),
             kept_latency=partial(kept_latency, work, engine),
-            dense_widths={group.name: group.num_channels for group in (origin or work).network.groups.groups},
+            dense_widths=(origin or work).network.full_widths(),
         )
         engine.clock.summarise(f"{len(found.candidates)} networks tried")
         return found, reference.accuracy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,12 @@ def test_a_pruned_network_is_kept_for_another_machine_to_tune(tmp_path: Path) ->
     assert (again.dense, again.one_shot, again.seconds) == (first.dense, first.one_shot, first.seconds)
     images = data.test.batch(np.arange(8))
     assert torch.equal(again.model(images), first.model(images))
+    (figures,) = tmp_path.glob("*.json")
+    content = json.loads(figures.read_text(encoding="utf-8"))
+    figures.write_text(json.dumps({name: value for name, value in content.items() if name != "ranks"}))
+    with pytest.raises(ConfigError, match="one of an earlier version; delete the folder"):
+        pruned_network(bench, budget, tmp_path)
+    figures.write_text(json.dumps(content))
     bench.facts["checkpoint_sha256"] = "another"
     with pytest.raises(ConfigError, match="expected one made from the checkpoint and images given"):
         pruned_network(bench, budget, tmp_path)

@@ -18,7 +18,7 @@ from entprune.artifact import ModelCard, load_model, save_model
 from entprune.datasets import load_data
 from entprune.errors import ArtifactError, ModelError
 from entprune.evaluation import count_macs, count_parameters
-from entprune.low_rank import merge_layers, merged, new_pair, reduce_rank, split_layer, split_layers
+from entprune.low_rank import merge_layers, new_pair, reduce_rank, split_layer, split_layers
 from entprune.models import build_model
 from entprune.plan import GroupPlan, PruningPlan, compose_plans
 from entprune.pruning import certify_result
@@ -97,7 +97,7 @@ def test_two_layers_answer_like_one_of_their_rank_and_become_it_again(name: str)
     inner, outer = network.get_parameter("0.reduce.weight"), network.get_parameter("0.expand.weight")
     assert (len(inner), outer.shape[1]) == (2, 2)
     torch.testing.assert_close(network(images), layer(images), rtol=1e-4, atol=1e-5)
-    merge_layers(network, {"0": 2})
+    network = merge_layers(network, {"0": 2})
     assert type(network[0]) is type(layer)
     torch.testing.assert_close(network[0].get_parameter("weight"), weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(network(images), layer(images), rtol=1e-4, atol=1e-5)
@@ -364,7 +364,7 @@ def test_merged_network_answers_like_the_one_with_thin_layers_which_stays() -> N
     for name, rank in ranks.items():
         new_pair(model, name, rank)
     thin, images = copy.deepcopy(model), torch.randn(4, 1, 8, 8)
-    one = merged(model, ranks)
+    one = merge_layers(model, ranks)
     assert [name for name, _ in one.named_parameters()] == names
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in thin.named_parameters()]
     with torch.inference_mode():

@@ -69,12 +69,12 @@ def pruned_network(bench: Bench, budget: Budget, folder: Path | None) -> PrunedN
 
 def _read(place: Path, bench: Bench) -> PrunedNetwork:
     content = json.loads(_figures_path(place).read_text(encoding="utf-8"))
-    if content["facts"] != bench.facts:
+    if content["facts"] != bench.facts or "ranks" not in content:
         raise ConfigError(
-            f"pruned network '{place.name}': expected one made from the checkpoint and images given, got another; "
-            "delete the folder."
+            f"pruned network '{place.name}': expected one made from the checkpoint and images given, got another or "
+            "one of an earlier version; delete the folder."
         )
-    figures = {name: content[name] for name in ("dense", "one_shot")} | {"ranks": content.get("ranks", {})}
+    figures = {name: content[name] for name in ("dense", "one_shot", "ranks")}
     return PrunedNetwork(model=entprune.load(place), seconds=content["prune_seconds"], **figures)
 
 

@@ -23,7 +23,7 @@ from entprune.config import Budget
 from entprune.errors import ConfigError
 from entprune.evaluation import count_macs, count_parameters
 from entprune.finetune import FinetuneConfig, finetune
-from entprune.low_rank import merged
+from entprune.low_rank import merge_layers
 from entprune.resumption import TrainingState
 from entprune.rounds import round_budget
 from entprune.runner import torch_threads
@@ -162,7 +162,7 @@ class TunedMeter:
         turns = self._tune(pruned.model, recipe, Turns(tuned=pruned.model, size=size, prune_seconds=pruned.seconds))
         ranks = pruned.ranks
         for number in range(2, recipe.rounds + 1):
-            one = merged(turns.tuned, ranks)
+            one = merge_layers(turns.tuned, ranks)
             sizes = count_parameters(one), count_macs(one, self._bench.data.input_shape)
             kept = {name: size / pruned.dense[name] for name, size in zip(_OBJECTIVES, sizes, strict=True)}
             start = time.perf_counter()
